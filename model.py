@@ -69,7 +69,7 @@ class MoMConfig:
                 raise ValueError(f'K={self.K} is more than a chunk of N={N} modules{" and SKIP" * self.skip} offers: '
                                  f'take K <= {max(self.N_A or N, self.N_F or N) + self.skip} or larger chunks')
         if self.router_weights == 'softmax' and self.K == 1:
-            raise ValueError("router_weights='softmax' divides by the sum over the selected: with K=1 every weight is 1 "
+            raise ValueError("router_weights='softmax' divides by the sum over the selected: with K=1 each weight is 1 "
                              "and the router gets no gradient. Take K >= 2 or router_weights='linear'")
 
     @property

@@ -13,7 +13,6 @@ import os
 import resource
 import shutil
 import signal
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, fields
@@ -25,12 +24,12 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import config
-from model import GPT, HUB, MoMConfig, load_checkpoint
+from model import GPT, MoMConfig, load_checkpoint
 
 # --- run
 out_dir = 'out/run'                  # checkpoints last.pt and best.pt, and log.csv
 data_dir = 'data/openwebtext_gpt2'   # train.bin, val.bin and meta.json, made by prepare.py
-init_from = 'scratch'                # 'scratch', 'resume', a GPT-2 name, a Hugging Face directory, or a checkpoint of ours
+init_from = 'scratch'                # 'scratch', 'resume', a GPT-2 name, a Hugging Face directory, our checkpoint
 overwrite = False                    # start anew in an out_dir that holds a run
 seed = 1337                          # of the weights and of the data order; phase two takes another one
 # --- model (of weights that are loaded, what is not given stays as it is)
@@ -75,8 +74,8 @@ checkpoint = None
 if init_from == 'resume':
     checkpoint = load_checkpoint(os.path.join(out_dir, 'last.pt'))
     # What this command line does not say is as it was. So `--out_dir=... --init_from=resume` is enough.
-    settings.update({k: v for k, v in checkpoint['settings'].items() if k in settings and k not in given})
-    settings['init_from'] = 'resume'
+    was = checkpoint['settings']
+    settings.update({k: v for k, v in was.items() if k in settings and (k not in given or k == 'init_from')})
     globals().update(settings)
 elif os.path.exists(os.path.join(out_dir, 'last.pt')) and not overwrite:
     raise ValueError(f'{out_dir} holds a run: go on with it (--init_from=resume), take another --out_dir, '
@@ -117,11 +116,8 @@ def read_meta():
             raise ValueError(f'{path} is missing: {again}')
         want = meta[f'{split}_tokens']
         if os.path.getsize(path) != 2 * want:
-            raise ValueError(f'{path} has {os.path.getsize(path):,} bytes, but meta.json counts {want:,} tokens of 2 bytes: '
-                             f'it is truncated or another file; {again}')
-        if want <= block_size:
-            raise ValueError(f'{path} has {want:,} tokens, fewer than one sequence of block_size={block_size} and its '
-                             'target: take a shorter block_size or more text')
+            raise ValueError(f'{path} has {os.path.getsize(path):,} bytes, but meta.json counts {want:,} tokens of 2 '
+                             f'bytes: it is truncated or another file; {again}')
         tokens = np.memmap(path, dtype='<u2', mode='r')
         for at in range(0, want, 1 << 24):
             largest = tokens[at:at + (1 << 24)].max()
@@ -186,11 +182,203 @@ if checkpoint:
     wanted = {**checkpoint['model_config'], **overrides}
     for key, value in checkpoint['model_config'].items():
         if wanted[key] != value:
-            raise ValueError(f'{key}={wanted[key]!r}, but the run in {out_dir} has {key}={value!r}: leave it out, or start a new run')
+            raise ValueError(f'{key}={wanted[key]!r}, but the run in {out_dir} has {value!r}: leave it out to resume')
     raw = GPT(MoMConfig(**wanted))
     raw.load_state_dict(checkpoint['model'])
 elif init_from == 'scratch':
     raw = GPT(MoMConfig(**{k: settings[k] for k in model_keys}, vocab_size=meta['vocab_size']))
 else:
     raw = GPT.from_pretrained(init_from, **overrides)
-    block_size = settings['block_size'] = raw.cfg.block_size
+cfg = raw.cfg
+settings.update({k: getattr(cfg, k) for k in model_keys})  # what is printed and saved is what was resolved
+block_size = cfg.block_size
+
+for split in ('train', 'val'):
+    if meta[f'{split}_tokens'] <= block_size:
+        raise ValueError(f'{data_dir}/{split}.bin has {meta[f"{split}_tokens"]:,} tokens, not one sequence of '
+                         f'block_size={block_size} and its target: take a shorter block_size or more text')
+if meta['vocab_size'] > cfg.vocab_size:
+    raise ValueError(f'{data_dir} has {meta["vocab_size"]} kinds of token, the weights know {cfg.vocab_size}: '
+                     'prepare the text with the tokenizer of the weights')
+raw.to(device)
+model = torch.compile(raw) if compile else raw
+if world > 1:
+    model = DistributedDataParallel(model, device_ids=None if device == 'cpu' else [device])
+optimizer = torch.optim.AdamW(raw.param_groups(weight_decay), lr=learning_rate, betas=(beta1, beta2), fused=True)
+
+# ----------------------------------------------------------------------------- learning rate, evaluation, checkpoints
+
+def lr_at(step):
+    """Linear warm-up over the first share `warmup` of the steps, then a cosine down to min_lr."""
+    rise = round(warmup * max_steps)
+    if step < rise:
+        return learning_rate * (step + 1) / rise
+    return min_lr + (learning_rate - min_lr) * 0.5 * (1 + math.cos(math.pi * (step - rise) / (max_steps - rise)))
+
+
+@torch.no_grad()
+def evaluate():
+    """Validation on all ranks -> (mean loss in nats per token, modules per token and step: attention, feed-forward).
+
+    The sequences are evenly spread over val.bin and never drawn at random: no evaluation changes a training step,
+    and the loss is the mean over all of their tokens, whatever the number of ranks.
+    """
+    picks = {'router_a': [0, 0], 'router_f': [0, 0]}  # real modules picked (SKIP is none), tokens routed
+
+    def count(name):
+        def hook(router, args, output):
+            picks[name][0] += (output[0] < router.N).sum().item()
+            picks[name][1] += len(output[0])
+        return hook
+
+    hooks = [m.register_forward_hook(count(name.rsplit('.', 1)[1]))
+             for name, m in raw.named_modules() if name.endswith(('router_a', 'router_f'))]
+    room = (meta['val_tokens'] - 1) // block_size
+    n = max(1, min(room, eval_tokens // block_size))
+    mine = (np.arange(n) * room // n * block_size)[rank::world]
+    loss_sum = 0.0
+    for at in range(0, len(mine), micro):
+        x, y = sequences('val', mine[at:at + micro])
+        with autocast:
+            loss_sum += raw(x, y)[1].item() * y.numel()
+    for hook in hooks:
+        hook.remove()
+    loss_sum, a, a_of, f, f_of = all_sum(loss_sum, *picks['router_a'], *picks['router_f'])
+    return loss_sum / (n * block_size), (a / a_of, f / f_of) if a_of else (1.0, 1.0)
+
+
+def save():
+    """Write last.pt whole or not at all; if this is the best validation loss so far, best.pt becomes the same file."""
+    if not is_main:
+        return
+    last, best = os.path.join(out_dir, 'last.pt'), os.path.join(out_dir, 'best.pt')
+    state = dict(model=raw.state_dict(), model_config=asdict(cfg), settings=settings, optimizer=optimizer.state_dict(),
+                 scaler=scaler.state_dict(), step=step, val_loss=val_loss, val_step=val_step, best_loss=best_loss,
+                 meta=meta, rng=torch.get_rng_state(), torch=str(torch.__version__))
+    with config.atomic_write(last) as f:
+        torch.save(state, f)
+    if val_step == step and val_loss == best_loss:
+        try:  # a hard link costs nothing; some file systems have none
+            os.link(last, best + '.part')
+        except OSError:
+            shutil.copyfile(last, best + '.part')
+        os.replace(best + '.part', best)
+
+
+step, val_loss, val_step, best_loss = 0, math.inf, -1, math.inf
+if checkpoint:
+    optimizer.load_state_dict(checkpoint['optimizer'])
+    scaler.load_state_dict(checkpoint['scaler'])
+    torch.set_rng_state(checkpoint['rng'])
+    step, val_loss, val_step, best_loss = (checkpoint[k] for k in ('step', 'val_loss', 'val_step', 'best_loss'))
+    if checkpoint['meta']['train_sha256'] != meta['train_sha256']:
+        raise ValueError(f'{data_dir} is not the data that the run in {out_dir} was trained on (train.bin differs)')
+    checkpoint = None  # frees the memory
+
+# ----------------------------------------------------------------------------- log
+
+COLUMNS = ['step', 'loss', 'lr', 'grad_norm', 'ms', 'tokens_per_s', 'val_loss', 'val_bits_per_byte', 'k_a', 'k_f']
+log_path = os.path.join(out_dir, 'log.csv')
+if is_main:
+    os.makedirs(out_dir, exist_ok=True)
+    kept = []
+    if step > 0 and os.path.exists(log_path):  # steps after the checkpoint are done again
+        with open(log_path, newline='') as f:
+            kept = [row for row in csv.DictReader(f) if row['step'] and int(row['step']) <= step]
+    with config.atomic_write(log_path) as f:
+        f.write('\n'.join(','.join(row) for row in [COLUMNS, *(r.values() for r in kept)]).encode() + b'\n')
+
+
+def log(**row):
+    if is_main:
+        with open(log_path, 'a', newline='') as f:
+            csv.DictWriter(f, COLUMNS).writerow(row)
+
+
+def peak_flops():
+    """Dense bf16 FLOP/s of this GPU by its data sheet, or None if it is not listed."""
+    name = torch.cuda.get_device_name() if device != 'cpu' else ''
+    return next((tflops * 1e12 for gpu, tflops in {'A100': 312, 'H100': 989, 'H200': 989}.items() if gpu in name), None)
+
+
+def clock(seconds):
+    return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}'
+
+
+n_params, n_router = raw.num_params()
+say('\n'.join(f'{k} = {v!r}' for k, v in settings.items()))
+say(f'\n{n_params:,} parameters, {n_router:,} of them in routers; {cfg.n_layer} layers of modules, depth {cfg.depth}')
+say(f'{device} x {world}, {dtype}; a step is {batch_size} sequences = {batch_size * block_size:,} tokens, '
+    f'in {per_rank // micro} forward passes of {micro} sequences per process')
+
+# ----------------------------------------------------------------------------- training
+
+stop = False  # SIGTERM and Ctrl-C let the step finish, then save
+
+
+def ask_to_stop(signum, frame):
+    global stop
+    stop = True
+
+
+signal.signal(signal.SIGTERM, ask_to_stop)
+signal.signal(signal.SIGINT, ask_to_stop)
+flops, peak, bits_per_byte = raw.flops_per_token(block_size), peak_flops(), None
+times, started, first_step = [], time.time(), step
+
+while True:
+    if (step % eval_every == 0 or step == max_steps) and val_step != step:
+        val_loss, (k_a, k_f) = evaluate()
+        val_step, best_loss = step, min(best_loss, val_loss)
+        bits_per_byte = val_loss / math.log(2) * meta['val_tokens'] / meta['val_bytes']
+        flops = raw.flops_per_token(block_size, k_a, k_f)  # active ones: what SKIP saves does not count as work done
+        log(step=step, val_loss=val_loss, val_bits_per_byte=bits_per_byte, k_a=k_a, k_f=k_f)
+        say(f'{step}/{max_steps} | val loss {val_loss:.4f} | perplexity {math.exp(val_loss):.2f} | bits per byte '
+            f'{bits_per_byte:.4f}' + (f' | modules per token {k_a:.2f} MHA, {k_f:.2f} FFN' if n_router else ''))
+        save()
+    if step >= max_steps:
+        break
+
+    began = time.perf_counter()
+    for group in optimizer.param_groups:
+        group['lr'] = lr_at(step)
+    loss_sum = torch.zeros((), device=device)
+    for i, (x, y) in enumerate(train_batches(step)):
+        last_micro = (i + 1) * micro == per_rank
+        with nullcontext() if world == 1 or last_micro else model.no_sync():  # gradients are reduced once a step
+            with autocast:
+                loss = model(x, y)[1] * micro / per_rank
+            scaler.scale(loss).backward()
+        loss_sum += loss.detach()
+    scaler.unscale_(optimizer)
+    grad_norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), grad_clip or math.inf).item()
+    loss, stopping = all_sum(loss_sum.item() / world, float(stop))
+    if not math.isfinite(loss) or (dtype != 'float16' and not math.isfinite(grad_norm)):  # fp16: the scaler skips it
+        raise ValueError(f'step {step + 1}: loss {loss}, gradient norm {grad_norm}. Training stops before the update; '
+                         f'the last good checkpoint is {out_dir}/last.pt')
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    step += 1
+
+    seconds = time.perf_counter() - began
+    times.append(seconds)
+    rate = batch_size * block_size / seconds
+    log(step=step, loss=loss, lr=lr_at(step - 1), grad_norm=grad_norm, ms=round(1000 * seconds, 1),
+        tokens_per_s=round(rate))
+    if step % log_every == 0 or step == max_steps:
+        mfu = f'{3 * flops * rate / (peak * world):.1%}' if peak else 'n/a'
+        left = clock((max_steps - step) * sorted(times[-50:])[len(times[-50:]) // 2])
+        say(f'{step}/{max_steps} | loss {loss:.4f} | lr {lr_at(step - 1):.2e} | grad norm {grad_norm:.2f} | '
+            f'{1000 * seconds:.0f} ms | {rate:,.0f} tok/s | MFU {mfu} | ETA {left}')
+    if stopping:
+        save()
+        say(f'stopped after step {step}, saved. Go on with: python train.py --out_dir={out_dir} --init_from=resume')
+        break
+
+memory = (1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if device == 'cpu'
+          else torch.cuda.max_memory_allocated())
+say(f'{step - first_step} steps in {clock(time.time() - started)}; best validation loss {best_loss:.4f}; '
+    f'peak memory {memory / 2**30:.2f} GiB' + (' per process' if world > 1 else ''))
+if world > 1:
+    dist.destroy_process_group()
