@@ -1,0 +1,50 @@
+"""Text from a checkpoint of train.py, or from a GPT-2.
+
+  python sample.py --source=out/mom_demo --prompt="The state of the Union is"
+  python sample.py --source=gpt2-medium --max_new_tokens=100
+"""
+import os
+
+import torch
+
+import config
+from model import GPT, load_checkpoint
+
+# --- what
+source = 'out/mom_demo'       # a run's directory or checkpoint, a GPT-2 name, or a Hugging Face directory
+prompt = ''                   # text to continue; '' starts a new document; file:PATH reads it from a file
+samples = 1                   # how many
+max_new_tokens = 400          # tokens of each
+# --- how
+temperature = 0.8             # 0 is greedy
+top_k = 200                   # sample among the k likeliest tokens; 0 is all
+seed = 1337                   # of the draws
+device = 'auto'               # 'auto', 'cpu', 'cuda'
+# ---
+settings, given = config.load(globals())
+
+for key in ('samples', 'max_new_tokens'):
+    if settings[key] < 1:
+        raise ValueError(f'{key}={settings[key]} must be at least 1')
+if temperature < 0 or top_k < 0:
+    raise ValueError(f'temperature={temperature} and top_k={top_k} must be at least 0')
+device = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
+torch.manual_seed(seed)
+
+# A checkpoint of ours says which tokenizer it was trained with; GPT-2's weights go with GPT-2's BPE.
+ours = os.path.exists(source) and not os.path.isfile(os.path.join(source, 'config.json'))
+tokenizer = config.tokenizer(load_checkpoint(source)['meta']['tokenizer'] if ours else 'gpt2')
+model = GPT.from_pretrained(source).to(device).eval()
+
+if prompt.startswith('file:'):
+    if not os.path.isfile(prompt[5:]):
+        raise ValueError(f'no prompt file {prompt[5:]}')
+    with open(prompt[5:], encoding='utf-8') as f:
+        prompt = f.read()
+ids = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]  # <|endoftext|> is what stands before a document
+idx = torch.tensor([ids], device=device)
+for n in range(samples):
+    text = model.generate(idx, max_new_tokens, temperature, top_k or None)[0].tolist()
+    print(prompt + tokenizer.decode(text[len(ids):]))
+    if n < samples - 1:
+        print('-' * 40)

@@ -1,0 +1,122 @@
+"""The settings loader, and every file in config/."""
+import glob
+import os
+import subprocess
+import sys
+from dataclasses import fields
+
+import pytest
+import torch
+
+import config
+from model import GPT, HUB, MoMConfig
+
+SCRIPTS = ['train.py', 'prepare.py', 'sample.py']
+
+
+def load(*argv, **scope):
+    scope = scope or dict(learning_rate=1e-3, max_steps=10, skip=True, chunks='1-1', betas=[0.9, 0.95])
+    settings, given = config.load(scope, list(argv))
+    assert settings == {k: scope[k] for k in settings}  # the script's names hold them too
+    return settings, given
+
+
+def test_values_are_typed_and_later_ones_win(tmp_path):
+    file = tmp_path / 'a.py'
+    file.write_text('max_steps = 7\n_width = 3\nlearning_rate = 2\nbetas = [_width, 1]\n')
+    settings, given = load(str(file), '--max_steps=9', '--skip=false', '--chunks=4-4')
+    assert settings == dict(learning_rate=2.0, max_steps=9, skip=False, chunks='4-4', betas=[3, 1])
+    assert type(settings['learning_rate']) is float
+    assert given == {'max_steps', 'learning_rate', 'betas', 'skip', 'chunks'}
+    assert load('--max_steps=9', str(file))[0]['max_steps'] == 7
+    assert load('--learning_rate=6e-4')[0]['learning_rate'] == 6e-4
+    assert load('--chunks=8')[0]['chunks'] == '8'
+
+
+@pytest.mark.parametrize('argument, message', [
+    ('--max_step=3', "did you mean 'max_steps'"), ('--zzz=3', 'unknown setting'), ('--max_steps=1.5', 'takes int'),
+    ('--max_steps=many', "takes int .* not str 'many'"), ('--skip=1', 'takes bool'), ('--betas=0.9', 'takes list'),
+    ('--learning_rate=True', 'takes float'), ('--skip', '--key=value'), ('max_steps=3', 'neither a config file'),
+    ('config/mom_dema.py', 'did you mean config/mom_demo.py'), ('nowhere.py', 'config/ holds')])
+def test_mistakes_name_the_fix(argument, message):
+    with pytest.raises(ValueError, match=message):
+        load(argument)
+
+
+def test_an_unknown_key_in_a_file_is_an_error(tmp_path):
+    (tmp_path / 'a.py').write_text('learning_rat = 1.0\n')
+    with pytest.raises(ValueError, match="a.py: unknown setting 'learning_rat'; did you mean 'learning_rate'"):
+        load(str(tmp_path / 'a.py'))
+
+
+CONFIGS = sorted(glob.glob(os.path.join(config.ROOT, 'config', '[a-z]*.py')))
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=os.path.basename)
+def test_every_config_file_is_one_that_train_takes(path):
+    with open(os.path.join(config.ROOT, 'train.py')) as f:
+        defaults = f.read().split('# --- run')[1].split('settings, given =')[0]
+    scope = {}
+    exec(defaults, scope)
+    scope = {k: v for k, v in scope.items() if not k.startswith('_')}
+    settings, given = config.load(scope, [path])
+    base = {}
+    if settings['init_from'] in HUB:  # the width comes with the weights
+        layers, n_embd, n_head = {'gpt2': (12, 768, 12), 'gpt2-medium': (24, 1024, 16), 'gpt2-large': (36, 1280, 20)}[
+            settings['init_from']]
+        base = dict(n_embd=n_embd, n_head=n_head)
+        assert 'n_embd' not in given
+    cfg = MoMConfig(**{**{f.name: settings[f.name] for f in fields(MoMConfig) if f.name in settings}, **base})
+    if base:
+        assert cfg.n_layer == layers
+    with torch.device('meta'):
+        GPT(cfg)
+    with open(path) as f:
+        assert f'train.py config/{os.path.basename(path)}' in f.read(), 'a config opens with its launch line'
+    assert settings['out_dir'] == 'out/' + os.path.basename(path)[:-3]
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_help_lists_every_setting_with_its_comment(script):
+    done = subprocess.run([sys.executable, script, '--help'], cwd=config.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith('  --')]
+    assert len(lines) >= 5 and all(len(line.split(None, 1)) == 2 and len(line) > 37 for line in lines), done.stdout
+
+
+@pytest.mark.parametrize('script', SCRIPTS)
+def test_a_mistake_is_one_sentence_without_traceback(script):
+    done = subprocess.run([sys.executable, script, '--nonsense=1'], cwd=config.ROOT, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.startswith(f'{script}: error: --nonsense=1: unknown setting')
+    assert done.stderr.count('\n') == 1
+
+
+def test_bytes_round_trip():
+    tokenizer = config.tokenizer('bytes')
+    text = 'Four score — and seven\r\n years\t😀'
+    ids = tokenizer.encode_ordinary(text)
+    assert tokenizer.decode(ids) == text and max(ids) < tokenizer.n_vocab
+    assert tokenizer.decode([72, 256, 105]) == 'H<|endoftext|>i'
+
+
+def test_gpt2_tokens_are_those_of_transformers_files():
+    tokenizer = config.tokenizer('gpt2')
+    assert tokenizer.n_vocab == 50257 and tokenizer.eot_token == 50256
+    assert tokenizer.encode_ordinary('Hello world') == [15496, 995]
+    text = "It's  the\n\n state of the Union's — 1,024 ünïcode\t\r\n"
+    assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
+    with pytest.raises(ValueError, match="'gpt2' or 'bytes'"):
+        config.tokenizer('gpt4')
+
+
+def test_atomic_write_keeps_the_old_file(tmp_path):
+    path = tmp_path / 'a'
+    path.write_bytes(b'old')
+    with pytest.raises(RuntimeError), config.atomic_write(path) as f:
+        f.write(b'half of the n')
+        raise RuntimeError('crash')
+    assert path.read_bytes() == b'old' and os.listdir(tmp_path) == ['a']
+    with config.atomic_write(path) as f:
+        f.write(b'new')
+    assert path.read_bytes() == b'new'

@@ -1,0 +1,286 @@
+"""model.py against independent oracles: transformers' GPT-2, the dense MoM of dense.py, counted FLOPs."""
+import itertools
+
+import dense
+import pytest
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+
+from model import GPT, Cache, MoMConfig, group_by_module, load_checkpoint
+
+transformers.logging.set_verbosity_error()
+SIZES = {'gpt2': (768, 12, 12, 124_439_808), 'gpt2-medium': (1024, 24, 16, 354_823_168),
+         'gpt2-large': (1280, 36, 20, 774_030_080), 'gpt2-xl': (1600, 48, 25, 1_557_611_200)}
+
+
+def tiny(**kw):
+    return MoMConfig(**{**dict(chunks='1-4-1', n_embd=16, n_head=2, block_size=24, vocab_size=50, router_dim=8), **kw})
+
+
+def stir(model, seed=0, std=0.3):
+    """Random values everywhere, LayerNorms and biases too, so that no mistake hides behind a zero or a one."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, p in sorted(model.named_parameters()):
+            p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * std + ('ln' in name and 'b' not in name))
+    return model
+
+
+def hugging_face(folder, n_embd=64, n_layer=3, n_head=4, **kw):
+    hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        n_embd=n_embd, n_layer=n_layer, n_head=n_head, n_positions=32, vocab_size=211, bos_token_id=0, eos_token_id=0,
+        **kw))
+    stir(hf.eval(), std=0.05).save_pretrained(folder)
+    return hf
+
+
+# ----------------------------------------------------------------------------- GPT-2
+
+@pytest.mark.parametrize('name', SIZES)
+def test_gpt2_equals_transformers_at_the_width_of(name, tmp_path):
+    width, _, heads, _ = SIZES[name]
+    hf = hugging_face(tmp_path, n_embd=width, n_layer=2, n_head=heads)
+    model = GPT.from_pretrained(str(tmp_path))
+    idx = torch.randint(0, 211, (2, 32))
+    want = hf(idx, labels=idx)
+    # transformers shifts labels itself, ours are the next tokens
+    logits, loss = model(idx, torch.cat((idx[:, 1:], torch.full((2, 1), -100)), 1))
+    assert (logits - want.logits).abs().max() < 1e-4
+    assert abs(loss - want.loss) < 1e-5
+    assert want.logits.std() > 0.1
+
+
+@pytest.mark.parametrize('name', SIZES)
+def test_every_size_has_the_shapes_of_transformers(name):
+    width, layers, heads, count = SIZES[name]
+    with torch.device('meta'):
+        hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=width, n_layer=layers, n_head=heads))
+        model = GPT(MoMConfig(chunks='-'.join('1' * layers), n_embd=width, n_head=heads))
+    ours = [p.shape[1:] if n.startswith('chunks') else p.shape for n, p in model.named_parameters()]  # less N = 1
+    assert sorted(map(tuple, ours)) == sorted(tuple(p.shape) for p in hf.parameters())
+    assert model.num_params() == (count, 0)
+
+
+@pytest.mark.parametrize('file', ['safetensors', 'bin', 'bin without prefix'])
+def test_weight_files(file, tmp_path):
+    hf = hugging_face(tmp_path)
+    if file != 'safetensors':
+        (tmp_path / 'model.safetensors').unlink()
+        state = (hf.transformer if 'without' in file else hf).state_dict()
+        torch.save(state, tmp_path / 'pytorch_model.bin')
+    idx = torch.randint(0, 211, (1, 20))
+    assert torch.allclose(GPT.from_pretrained(str(tmp_path))(idx)[0], hf(idx).logits, atol=1e-5)
+
+
+def test_a_pickle_that_runs_code_is_refused(tmp_path):
+    hugging_face(tmp_path)
+    (tmp_path / 'model.safetensors').unlink()
+
+    class Evil:
+        def __reduce__(self):
+            return print, ('code ran',)
+    torch.save({'wte.weight': Evil()}, tmp_path / 'pytorch_model.bin')
+    with pytest.raises(ValueError, match='cannot be read'):
+        GPT.from_pretrained(str(tmp_path))
+    torch.save({'model': Evil(), 'model_config': {}}, tmp_path / 'last.pt')
+    with pytest.raises(ValueError, match='cannot be read'):
+        load_checkpoint(str(tmp_path / 'last.pt'))
+
+
+def test_layers_become_modules(tmp_path):
+    hf = hugging_face(tmp_path, n_layer=6)
+    model = GPT.from_pretrained(str(tmp_path), chunks='1-4-1', K=2, H=3, router_dim=8, N_F=3)
+    layer = hf.transformer.h
+    assert torch.equal(model.chunks[1].attn.qkv_w, torch.stack([layer[i].attn.c_attn.weight for i in (1, 2, 3, 4)]))
+    assert torch.equal(model.chunks[1].ffn.fc_b, torch.stack([layer[i].mlp.c_fc.bias for i in (1, 2, 3)]))
+    assert torch.equal(model.chunks[2].ffn.ln_w[0], layer[5].ln_2.weight)
+    assert model.chunks[0].router_a is None and model.chunks[1].router_f.N == 3
+    short = GPT.from_pretrained(str(tmp_path), block_size=8)
+    assert torch.equal(short.wpe.weight, hf.transformer.wpe.weight[:8])
+
+
+def test_our_checkpoints_load_the_same_way(tmp_path):
+    vanilla = stir(GPT(tiny(chunks='1-1-1-1-1-1')))
+    torch.save({'model': vanilla.state_dict(), 'model_config': vars(vanilla.cfg)}, tmp_path / 'last.pt')
+    mom = GPT.from_pretrained(str(tmp_path), chunks='1-4-1', K=3, H=2)
+    assert torch.equal(mom.chunks[1].attn.out_w[2], vanilla.chunks[3].attn.out_w[0])
+    torch.save({'model': mom.state_dict(), 'model_config': vars(mom.cfg)}, tmp_path / 'mom.pt')
+    again = GPT.from_pretrained(str(tmp_path / 'mom.pt'))
+    idx = torch.randint(0, 50, (2, 9))
+    assert again.cfg == mom.cfg and torch.equal(again(idx)[0], mom(idx)[0])
+    with pytest.raises(ValueError, match='assembled already'):
+        GPT.from_pretrained(str(tmp_path / 'mom.pt'), chunks='2-2-2')
+
+
+# ----------------------------------------------------------------------------- MoM
+
+def dense_params(model):
+    def router(r):
+        if r is None:
+            return None
+        core = (dict(r.gru.named_parameters()) if r.gru else {'hidden_weight': r.mlp.weight, 'hidden_bias': r.mlp.bias})
+        return {'W': r.out.weight, **core}
+    return {'wte': model.wte.weight, 'wpe': model.wpe.weight, 'ln_f_w': model.ln_f.weight, 'ln_f_b': model.ln_f.bias,
+            'chunks': [{'attn': dict(c.attn.named_parameters()), 'ffn': dict(c.ffn.named_parameters()),
+                        'router_a': router(c.router_a), 'router_f': router(c.router_f)} for c in model.chunks]}
+
+
+CASES = [dict(K=K, H=H, skip=skip) for K, H, skip in itertools.product((1, 2, 3, 4), (1, 2, 6), (True, False))]
+CASES += [dict(K=5, H=2), dict(K=2, H=3, N_A=2, N_F=3), dict(K=4, H=2, N_A=2, skip=False), dict(K=3, H=4, N_A=3, N_F=1),
+          dict(K=2, H=3, router='mlp'), dict(K=3, H=3, router='mlp', router_weights='softmax'),
+          dict(K=2, H=4, router_weights='softmax'), dict(K=4, H=5, router_weights='softmax', tau=1.0, skip=False),
+          dict(chunks='2-3', K=2, H=2), dict(chunks='4', K=1, H=4, router_dim=1)]
+
+
+@pytest.mark.parametrize('case', CASES, ids=lambda case: ' '.join(f'{k}={v}' for k, v in case.items()))
+def test_mom_equals_the_dense_one_in_outputs_and_gradients(case):
+    cfg = tiny(**{**dict(chunks='1-4', n_embd=8, vocab_size=11, block_size=6), **case})
+    model = stir(GPT(cfg).double(), seed=cfg.K * 10 + cfg.H)
+    idx = torch.randint(0, 11, (2, 6), generator=torch.Generator().manual_seed(1))
+    got, _ = model(idx)
+    K_a, K_f = (min(cfg.K, n + cfg.skip) for n in (cfg.N_A or 4, cfg.N_F or 4))
+    want = dense.gpt(idx, dense_params(model), cfg.sizes, n_head=2, H=cfg.H, K_a=K_a, K_f=K_f, skip=cfg.skip,
+                     kind=cfg.router, weights=cfg.router_weights, tau=cfg.tau)
+    assert (got - want).abs().max() < 1e-10 * want.abs().max()
+    params = dict(model.named_parameters())
+    probe = torch.randn(got.shape, dtype=torch.float64)
+    for name, ours, theirs in zip(params, torch.autograd.grad((got * probe).sum(), params.values()),
+                                  torch.autograd.grad((want * probe).sum(), params.values(), materialize_grads=True)):
+        assert (ours - theirs).abs().max() <= 1e-9 * max(1, theirs.abs().max()), name
+
+
+def test_empty_modules_and_tokens_that_skip_everything():
+    model = stir(GPT(tiny(K=1, H=2, chunks='4')).double())
+    seen = []
+    for router in (model.chunks[0].router_a, model.chunks[0].router_f):
+        W = router.out.weight.data
+        W[1], W[4] = W[2] / 2, -W[2]  # module 1 is below module 2 where that is positive, and below SKIP elsewhere
+        router.register_forward_hook(lambda r, args, out: seen.append(out[0]))
+    idx = torch.randint(0, 50, (3, 20))
+    logits, loss = model(idx, idx)
+    loss.backward()
+    picked = torch.cat(seen)
+    assert (picked == 4).any() and (picked == 2).any() and not (picked == 1).any()
+    for name, p in model.named_parameters():
+        assert p.grad is not None and p.grad.isfinite().all(), name
+    want = dense.gpt(idx, dense_params(model), [4], n_head=2, H=2, K_a=1, K_f=1, skip=True)
+    assert (logits - want).abs().max() < 1e-10 * want.abs().max()
+
+
+def test_group_by_module():
+    ids = torch.tensor([[2, 0], [3, 2], [0, 1]])  # N = 3: 3 is SKIP
+    groups = [(token.tolist(), slot.tolist()) for token, slot in group_by_module(ids, 3)]
+    assert groups == [([0, 2], [1, 0]), ([2], [1]), ([0, 1], [0, 1])]
+
+
+def test_routing_is_in_full_precision_under_autocast():
+    model = stir(GPT(tiny()))
+    dtypes = []
+    model.chunks[1].router_a.register_forward_hook(lambda r, args, out: dtypes.extend([out[1].dtype, out[2].dtype]))
+    with torch.autocast('cpu', torch.bfloat16):
+        logits, loss = model(torch.randint(0, 50, (2, 12)), torch.randint(0, 50, (2, 12)))
+    loss.backward()
+    assert set(dtypes) == {torch.float32} and loss.isfinite()
+
+
+# ----------------------------------------------------------------------------- generation
+
+@pytest.mark.parametrize('case', [dict(chunks='1-1'), dict(K=2, H=3), dict(K=1, H=2), dict(K=3, router='mlp')], ids=str)
+def test_cached_equals_full_forward_in_uneven_pieces(case):
+    model = stir(GPT(tiny(**case)).double())
+    idx = torch.randint(0, 50, (3, 24))
+    full = model.features(idx)
+    cache = Cache(model.cfg, 3, 'cpu', torch.float64)
+    pieces = [model.features(idx[:, a:b], cache) for a, b in itertools.pairwise((0, 7, 8, 9, 15, 24))]
+    assert (torch.cat(pieces, 1) - full).abs().max() < 1e-12 * full.abs().max()
+
+
+def test_generate():
+    model = stir(GPT(tiny()))
+    idx = torch.randint(0, 50, (2, 5))
+    greedy = model.generate(idx, 30, temperature=0)  # 35 tokens: slides past block_size = 24
+    want = idx
+    for _ in range(30):
+        want = torch.cat((want, model(want[:, -24:])[0][:, -1].argmax(-1, keepdim=True)), 1)
+    assert torch.equal(greedy, want)
+    assert torch.equal(model.generate(idx, 10, top_k=1), want[:, :15])
+    torch.manual_seed(0)
+    first = model.generate(idx, 10, temperature=1.5, top_k=5)
+    torch.manual_seed(0)
+    assert torch.equal(first, model.generate(idx, 10, temperature=1.5, top_k=5))
+    probabilities = model(idx)[0][:, -1].topk(5).indices
+    assert all(first[b, 5] in probabilities[b] for b in range(2))
+
+
+# ----------------------------------------------------------------------------- costs
+
+def test_flops_of_table_1():
+    for name, tera in {'gpt2': 2.92, 'gpt2-medium': 8.28, 'gpt2-large': 17.76}.items():  # batch 10 x 1,024 tokens
+        width, layers, heads, _ = SIZES[name]
+        with torch.device('meta'):
+            model = GPT(MoMConfig(chunks='-'.join('1' * layers), n_embd=width, n_head=heads))
+        assert model.flops_per_token(1024) * 10_240 / 1e12 == pytest.approx(tera, rel=2e-3)
+
+
+@pytest.mark.parametrize('case', [dict(skip=False), dict(skip=False, router='mlp'), dict(chunks='1-1')], ids=str)
+def test_flops_formula_counts_what_runs(case):
+    model = GPT(tiny(**case, K=4))
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randint(0, 50, (2, 24)))
+    attention = 4 * 24 * 16 * model.cfg.depth  # the counter does not see attention on the CPU
+    assert counter.get_total_flops() == (model.flops_per_token(24) - attention) * 2 * 24
+
+
+# ----------------------------------------------------------------------------- mistakes
+
+@pytest.mark.parametrize('wrong, message', [
+    (dict(K=6), 'take K <= 5'), (dict(K=5, skip=False), 'take K <= 4'), (dict(K=3, N_A=1, N_F=1), 'take K <= 2'),
+    (dict(K=0), 'at least 1'), (dict(H=0), 'at least 1'), (dict(chunks='1-x'), 'joined by'),
+    (dict(chunks=''), 'joined by'), (dict(chunks='4-0'), 'joined by'), (dict(n_head=3), 'multiple of n_head'),
+    (dict(router='lstm'), "'gru' or 'mlp'"), (dict(router_weights='relu'), "'linear' or 'softmax'"),
+    (dict(router_weights='softmax', K=1), 'no gradient'), (dict(N_A=5), 'not that many'),
+    (dict(N_F=-1), 'or more'), (dict(tau=0.0), 'above 0')])
+def test_wrong_shapes_name_the_fix(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        tiny(**wrong)
+
+
+def test_wrong_weights_name_the_fix(tmp_path):
+    hugging_face(tmp_path)
+    source = str(tmp_path)
+    for overrides, message in [(dict(chunks='4-4'), 'sum to 8, but .* has 3 layers'), (dict(n_embd=32), 'leave it out'),
+                               (dict(block_size=64), '32 positions at most'), (dict(vocab_size=99), 'leave it out')]:
+        with pytest.raises(ValueError, match=message):
+            GPT.from_pretrained(source, **overrides)
+    with pytest.raises(ValueError, match='neither one of gpt2'):
+        GPT.from_pretrained('gpt3')
+    weights = tmp_path / 'model.safetensors'
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(ValueError, match='cannot be read'):
+        GPT.from_pretrained(source)
+    weights.unlink()
+    with pytest.raises(ValueError, match='neither model.safetensors nor'):
+        GPT.from_pretrained(source)
+    torch.save({'wte.weight': torch.zeros(211, 64)}, tmp_path / 'pytorch_model.bin')
+    with pytest.raises(ValueError, match='lack'):
+        GPT.from_pretrained(source)
+    (tmp_path / 'config.json').unlink()
+    with pytest.raises(ValueError, match='no checkpoint'):
+        GPT.from_pretrained(source)
+    (tmp_path / 'last.pt').write_bytes(b'no checkpoint')
+    with pytest.raises(ValueError, match='cannot be read'):
+        GPT.from_pretrained(source)
+
+
+def test_other_activations_are_refused(tmp_path):
+    hugging_face(tmp_path, activation_function='relu')
+    with pytest.raises(ValueError, match='activation_function'):
+        GPT.from_pretrained(str(tmp_path))
+
+
+def test_too_long_a_sequence():
+    with pytest.raises(ValueError, match='longer than block_size=24'):
+        GPT(tiny())(torch.zeros(1, 25, dtype=torch.int64))
+    with pytest.raises(ValueError, match='temperature=-1'):
+        GPT(tiny()).generate(torch.zeros(1, 2, dtype=torch.int64), 2, temperature=-1)

