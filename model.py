@@ -145,7 +145,7 @@ class Router(nn.Module):
     def __init__(self, cfg, N):
         super().__init__()
         self.K = min(cfg.K, N + cfg.skip)
-        self.N, self.weights, self.tau = N, cfg.router_weights, cfg.tau
+        self.N, self.softmax, self.tau = N, cfg.router_weights == 'softmax', cfg.tau
         self.gru = nn.GRUCell(cfg.n_embd, cfg.router_dim) if cfg.router == 'gru' else None
         self.mlp = nn.Linear(cfg.n_embd, cfg.router_dim) if cfg.router == 'mlp' else None
         self.out = nn.Linear(cfg.router_dim, N + cfg.skip, bias=False)  # W of Eq. 8; its last row scores SKIP
@@ -159,11 +159,11 @@ class Router(nn.Module):
             x = x.to(self.out.weight.dtype)
             s = self.gru(x, s) if self.gru else F.gelu(self.mlp(x), approximate='tanh')  # Eq. 7
             r = self.out(s)                                                              # Eq. 8, (M, N+1)
-            top, ids = r.topk(self.K, dim=-1)
-            if self.weights == 'softmax':
-                top = (r / self.tau).softmax(-1).gather(-1, ids)
-                top = top / top.sum(-1, keepdim=True)
-        return ids, top, s
+            weights, ids = r.topk(self.K, dim=-1)
+            if self.softmax:  # over all N+1, then divided by the sum over the selected, SKIP included
+                p = (r / self.tau).softmax(-1).gather(-1, ids)
+                weights = p / p.sum(-1, keepdim=True)
+        return ids, weights, s
 
 
 # ----------------------------------------------------------------------------- assembly
@@ -176,12 +176,20 @@ def group_by_module(ids, N):
     return [(a // K, a % K) for a in order.split(counts)[:N]]
 
 
+def route_by(router, x, s):
+    """One decision: x (M, C), state s -> (which tokens go to which module, with what weights), next state."""
+    if router is None:
+        return None, None  # a vanilla block
+    ids, weights, s = router(x, s)
+    return (group_by_module(ids, router.N), weights), s
+
+
 def assemble(module, pool, x, route, weighted):
     """Sum over each token's own selection: sum_k module_k(x), or sum_k r_k * module_k(x) if weighted.
 
-    module: one of the functions above; pool: its N modules; x (M, C); route: None for the vanilla chunk
-    (N = 1, weight 1), else (groups, weights). A token that selected only SKIP gets zeros. The inner loop
-    visits a module once with all of its tokens; a module without tokens still enters the graph.
+    module: qkv_in, attn_out or ffn; pool: its N modules; x (M, C); route: what route_by returned, None for the
+    vanilla chunk (N = 1, weight 1). A token that selected only SKIP gets zeros. The loop visits a module once,
+    with all of its tokens; a module without tokens stays in the graph.
     """
     if route is None:
         return module(pool[0], x)
@@ -227,18 +235,14 @@ class Chunk(nn.Module):
         B, T, C = x.shape
         x = x.reshape(B * T, C)
         attns, ffns = self.attn.unbind(), self.ffn.unbind()
-        route, s_a, s_f = None, None, None
+        s_a = s_f = None
         for h in range(self.H):
-            if self.router_a is not None:
-                ids, r, s_a = self.router_a(x, s_a)
-                route = group_by_module(ids, len(attns)), r
-            qkv = assemble(qkv_in, attns, x, route, weighted=False)             # sums inside Eq. 5: unweighted
+            route, s_a = route_by(self.router_a, x, s_a)
+            qkv = assemble(qkv_in, attns, x, route, weighted=False)     # the sums inside Eq. 5 are unweighted
             a = attend(qkv, self.n_head, B, cache, first_step + h)
-            x = x + assemble(attn_out, attns, a, route, weighted=True)          # u = x + F^A(x)
-            if self.router_f is not None:
-                ids, r, s_f = self.router_f(x, s_f)
-                route = group_by_module(ids, len(ffns)), r
-            x = x + assemble(ffn, ffns, x, route, weighted=True)               # x = u + F^F(u), Eq. 6
+            x = x + assemble(attn_out, attns, a, route, weighted=True)  # u = x + F^A(x)
+            route, s_f = route_by(self.router_f, x, s_f)
+            x = x + assemble(ffn, ffns, x, route, weighted=True)        # x = u + F^F(u), Eq. 6
         return x.view(B, T, C)
 
 
@@ -273,13 +277,14 @@ class GPT(nn.Module):
     @torch.no_grad()
     def init_weights(self):
         """
-        embeddings, qkv_w, fc_w   normal(0, 0.02)
-        out_w, proj_w             normal(0, 0.02 / sqrt(2 * depth)): they add to the residual stream twice a step
+        embeddings, qkv_w, fc_w   normal(0, std), std = 0.02 as GPT-2, more below its width of 768: 0.02 sqrt(768 / C)
+        out_w, proj_w             normal(0, std / sqrt(2 * depth)): they add to the residual stream twice a step
         LayerNorm                 weight 1, bias 0; other biases 0
         routers                   PyTorch's defaults, uniform(+-1/sqrt(R)) for the GRU (the paper: "randomly")
         """
-        nn.init.normal_(self.wte.weight, std=0.02)
-        nn.init.normal_(self.wpe.weight, std=0.02)
+        std = 0.02 * max(1, math.sqrt(768 / self.cfg.n_embd))
+        nn.init.normal_(self.wte.weight, std=std)
+        nn.init.normal_(self.wpe.weight, std=std)
         for chunk in self.chunks:
             for name, p in [*chunk.attn.named_parameters(), *chunk.ffn.named_parameters()]:
                 if name == 'ln_w':
@@ -288,7 +293,7 @@ class GPT(nn.Module):
                     nn.init.zeros_(p)
                 else:
                     deep = name in ('out_w', 'proj_w')
-                    nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.cfg.depth) if deep else 0.02)
+                    nn.init.normal_(p, std=std / math.sqrt(2 * self.cfg.depth) if deep else std)
 
     def features(self, idx, cache=None):
         """Token ids (B, T) -> what the head sees, (B, T, C), after the final LayerNorm.

@@ -31,6 +31,7 @@ def load(scope, argv=None):
     or list so far and do not start with an underscore. argv: the arguments (default: `sys.argv`).
     Returns (settings, given): the resolved settings as a dict, which scope now holds as well, and
     the set of keys that the files or the arguments set.
+    Where a script has a setting `mode`, it may stand alone: `bench.py runs`.
     Raises ValueError for an unknown key, a value of the wrong type or a missing file; prints all
     keys with their comments and exits on `--help`.
     """
@@ -51,6 +52,8 @@ def load(scope, argv=None):
             values = {key: _parse(key, text, settings[key])}
         elif arg.endswith('.py'):
             values = read_file(arg)
+        elif 'mode' in settings:
+            values = {'mode': arg}
         else:
             raise ValueError(f'{arg!r} is neither a config file (config/NAME.py) nor a --key=value setting')
         for key, value in values.items():

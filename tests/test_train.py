@@ -96,7 +96,7 @@ def test_phase_one_learns(phase_one):
     rows = log(phase_one)
     val = {int(row['step']): float(row['val_loss']) for row in rows if row['val_loss']}
     assert list(val) == [0, 20, 40, 60]
-    assert abs(val[0] - np.log(257)) < 0.1 and val[60] < 2.9
+    assert abs(val[0] - np.log(257)) < 0.1 and val[60] < 3.2
     assert [int(row['step']) for row in rows if row['loss']] == list(range(1, 61))
     lr = [float(row['lr']) for row in rows if row['lr']]
     assert lr[:7] == pytest.approx([0.01 * n / 6 for n in (1, 2, 3, 4, 5, 6, 6)]) and lr[-1] < 1e-4
