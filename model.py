@@ -188,14 +188,13 @@ def assemble(module, pool, x, route, weighted):
     """Sum over each token's own selection: sum_k module_k(x), or sum_k r_k * module_k(x) if weighted.
 
     module: qkv_in, attn_out or ffn; pool: its N modules; x (M, C); route: what route_by returned, None for the
-    vanilla chunk (N = 1, weight 1). A token that selected only SKIP gets zeros. The loop visits a module once,
-    with all of its tokens; a module without tokens stays in the graph.
+    vanilla chunk (N = 1, weight 1). A token that selected only SKIP gets zeros.
     """
     if route is None:
         return module(pool[0], x)
     groups, weights = route
     out = None
-    for m, (token, slot) in zip(pool, groups):
+    for m, (token, slot) in zip(pool, groups):  # each module once, with all of its tokens, or none of them
         y = module(m, x.index_select(0, token))
         if weighted:
             y = y * weights[token, slot].unsqueeze(1).to(y.dtype)

