@@ -8,6 +8,7 @@
 The defaults are the paper's recipe (section 4.1). Any setting: in a config file, or as --key=value.
 """
 import csv
+import json
 import math
 import os
 import resource
@@ -16,7 +17,6 @@ import signal
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, fields
-from json import load as load_json
 
 import numpy as np
 import torch
@@ -107,9 +107,13 @@ def read_meta():
     path = os.path.join(data_dir, 'meta.json')
     if not os.path.isfile(path):
         raise ValueError(f'no data in {data_dir} (no meta.json): make it with python prepare.py --out_dir={data_dir}')
-    with open(path, encoding='utf-8') as f:
-        meta = load_json(f)
     again = f'make it again with python prepare.py --out_dir={data_dir}'
+    try:
+        with open(path, encoding='utf-8') as f:
+            meta = json.load(f)
+        meta['tokenizer'], meta['vocab_size'], meta['val_bytes'], meta['train_sha256']
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise ValueError(f'{path} is not one of prepare.py ({type(error).__name__}: {error}): {again}') from error
     for split in ('train', 'val'):
         path = os.path.join(data_dir, f'{split}.bin')
         if not os.path.isfile(path):
@@ -170,7 +174,6 @@ def all_sum(*numbers):
 
 
 torch.manual_seed(seed)
-torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
 autocast = torch.autocast(device.split(':')[0], getattr(torch, dtype)) if dtype != 'float32' else nullcontext()
 scaler = torch.amp.GradScaler(device.split(':')[0], enabled=dtype == 'float16')
 
@@ -197,7 +200,7 @@ for split in ('train', 'val'):
     if meta[f'{split}_tokens'] <= block_size:
         raise ValueError(f'{data_dir}/{split}.bin has {meta[f"{split}_tokens"]:,} tokens, not one sequence of '
                          f'block_size={block_size} and its target: take a shorter block_size or more text')
-if meta['vocab_size'] > cfg.vocab_size:
+if not meta['vocab_size'] <= cfg.vocab_size < meta['vocab_size'] + 128:  # some vocabularies are padded a little
     raise ValueError(f'{data_dir} has {meta["vocab_size"]} kinds of token, the weights know {cfg.vocab_size}: '
                      'prepare the text with the tokenizer of the weights')
 raw.to(device)
@@ -274,6 +277,8 @@ def save():
 step, val_loss, val_step, best_loss = 0, math.inf, -1, math.inf
 if checkpoint:
     optimizer.load_state_dict(checkpoint['optimizer'])
+    for group, now in zip(optimizer.param_groups, raw.param_groups(weight_decay)):
+        group.update(weight_decay=now['weight_decay'], betas=(beta1, beta2))  # this command's, not the checkpoint's
     scaler.load_state_dict(checkpoint['scaler'])
     torch.set_rng_state(checkpoint['rng'])
     step, val_loss, val_step, best_loss = (checkpoint[k] for k in ('step', 'val_loss', 'val_step', 'best_loss'))

@@ -96,7 +96,7 @@ def test_phase_one_learns(phase_one):
     rows = log(phase_one)
     val = {int(row['step']): float(row['val_loss']) for row in rows if row['val_loss']}
     assert list(val) == [0, 20, 40, 60]
-    assert abs(val[0] - np.log(257)) < 0.1 and val[60] < 3.2
+    assert abs(val[0] - np.log(257)) < 0.3 and val[60] < 3.2
     assert [int(row['step']) for row in rows if row['loss']] == list(range(1, 61))
     lr = [float(row['lr']) for row in rows if row['lr']]
     assert lr[:7] == pytest.approx([0.01 * n / 6 for n in (1, 2, 3, 4, 5, 6, 6)]) and lr[-1] < 1e-4
@@ -159,7 +159,7 @@ def test_micro_batches_change_nothing_but_rounding(text, phase_one, tmp_path):
 
 
 def test_phase_two_from_a_hugging_face_directory_in_bfloat16(text, tmp_path):
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=4, n_head=2, n_positions=64, vocab_size=300,
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=4, n_head=2, n_positions=64, vocab_size=260,
                                  bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path / 'hf')
     out = run('--chunks=1-2-1', '--K=1', '--H=2', '--router_dim=8', '--batch_size=4', '--max_steps=3', '--device=cpu',
               '--eval_tokens=1000', '--dtype=bfloat16', f'--data_dir={text}', f'--out_dir={tmp_path / "run"}',
@@ -198,12 +198,17 @@ def spoil(folder, what):
         write_data(folder, np.zeros(200, int))
     elif what == 'vocabulary':
         (folder / 'meta.json').write_text(json.dumps({**meta, 'vocab_size': 50257}))
+    elif what == 'half a meta':
+        (folder / 'meta.json').write_text(json.dumps(meta)[:50])
+    elif what == 'other meta':
+        (folder / 'meta.json').write_text('{"tokens": 5}')
 
 
 @pytest.mark.parametrize('what, message', [
     ('missing', 'train.bin is missing: make it again with python prepare.py'), ('no meta', 'make it with python'),
     ('truncated', 'truncated'), ('odd', 'truncated'), ('ids', 'token id 300, but vocab_size is 257'),
-    ('short', 'take a shorter block_size'), ('vocabulary', 'the tokenizer of the weights')])
+    ('short', 'take a shorter block_size'), ('vocabulary', 'the tokenizer of the weights'),
+    ('half a meta', 'not one of prepare.py (JSONDecodeError'), ('other meta', "not one of prepare.py (KeyError")])
 def test_bad_data(what, message, text, phase_one, tmp_path):
     shutil.copytree(text, tmp_path / 'data')
     spoil(tmp_path / 'data', what)
