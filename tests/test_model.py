@@ -73,6 +73,25 @@ def test_weight_files(file, tmp_path):
     assert torch.allclose(GPT.from_pretrained(str(tmp_path))(idx)[0], hf(idx).logits, atol=1e-5)
 
 
+def test_hub_names_fetch_what_a_directory_holds(tmp_path, monkeypatch):
+    hf = hugging_face(tmp_path)
+    asked = []
+
+    def fetch(repository, file):
+        asked.append((repository, file))
+        return str(tmp_path / file)
+    monkeypatch.setattr('huggingface_hub.hf_hub_download', fetch)
+    idx = torch.randint(0, 211, (1, 20))
+    assert torch.allclose(GPT.from_pretrained('gpt2-medium')(idx)[0], hf(idx).logits, atol=1e-5)
+    assert asked == [('openai-community/gpt2-medium', f) for f in ('config.json', 'model.safetensors')]
+
+    def unreachable(repository, file):
+        raise OSError('no network')
+    monkeypatch.setattr('huggingface_hub.hf_hub_download', unreachable)
+    with pytest.raises(ValueError, match='give a local directory'):
+        GPT.from_pretrained('gpt2')
+
+
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
     hugging_face(tmp_path)
     (tmp_path / 'model.safetensors').unlink()
