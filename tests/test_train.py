@@ -175,6 +175,20 @@ def test_sample(phase_two):
     assert 'no checkpoint' in run('--source=out', script='sample.py', fails=True)
 
 
+def test_bench_puts_runs_side_by_side(phase_one, phase_two):
+    stdout = run('runs', f'--of={phase_one},{phase_two[0]}', script='bench.py')
+    vanilla, mom = json.loads(stdout.splitlines()[-1])['runs']
+    assert vanilla['assembly'] == 'vanilla' and mom['assembly'] == 'K2H2S' and vanilla['in routers'] == 0
+    assert mom['parameters'] == vanilla['parameters'] + mom['in routers']
+    for row, folder in ((vanilla, phase_one), (mom, phase_two[0])):
+        with open(folder / 'log.csv') as f:
+            val = [float(line['val_bits_per_byte']) for line in csv.DictReader(f) if line['val_bits_per_byte']]
+        assert (row['bits/byte before'], row['bits/byte after']) == (round(val[0], 3), round(val[-1], 3))
+        assert f'{row["parameters"]:,}' in stdout and row['tokens/s'] > 0 and row['steps'] == 60
+    assert 'Name their folders' in run('runs', script='bench.py', fails=True)
+    assert "take 'runs'" in run('walks', script='bench.py', fails=True)
+
+
 # ----------------------------------------------------------------------------- mistakes
 
 def one_sentence(stderr):
