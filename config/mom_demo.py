@@ -1,13 +1,13 @@
-# The demo's phase two, K2H6S: the middle four of the six layers become modules with fresh routers.
+# The demo's phase two, K2H4S: the middle four of the six layers become modules with fresh routers.
 #   python train.py config/mom_demo.py        after config/gpt2_demo.py
-# 1.3M parameters, about three minutes on 2 CPU cores.
+# 1.3M parameters, about two minutes on 2 CPU cores.
 
 out_dir = 'out/mom_demo'
 data_dir = 'data/sotu_bytes'
 init_from = 'out/gpt2_demo'
 chunks = '1-4-1'
 K = 2
-H = 6
+H = 4
 skip = True
 router_dim = 64
 max_steps = 900
