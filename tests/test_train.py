@@ -167,12 +167,12 @@ def test_phase_two_from_a_hugging_face_directory_in_bfloat16(text, tmp_path):
     assert '3/3 | loss' in out and 'block_size = 64' in out and 'n_embd = 32' in out
 
 
-def test_sample(phase_two):
+def test_sample(phase_two, tmp_path):
     args = [f'--source={phase_two[0]}', '--prompt=The state', '--max_new_tokens=40', '--samples=2']
     one = run(*args, script='sample.py')
     assert one.count('The state') == 2 and len(one) > 80
     assert one == run(*args, script='sample.py') and one != run(*args, '--seed=2', script='sample.py')
-    assert 'no checkpoint' in run('--source=out', script='sample.py', fails=True)
+    assert 'no checkpoint at' in run(f'--source={tmp_path}', script='sample.py', fails=True)
 
 
 def test_bench_puts_runs_side_by_side(phase_one, phase_two):
