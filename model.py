@@ -1,12 +1,14 @@
 """Mixture-of-Modules: a Transformer whose depth is assembled per token (arXiv:2407.06677).
 
-One idea carries this file: a Transformer is a list of chunks, and a chunk is a pool of N attention and
-N feed-forward modules, two routers, and the steps in which they are assembled. At each of H steps, for
-every token, a router picks the top-K modules (or SKIP). A block of vanilla GPT-2 is the chunk with N = 1:
-one step, no router, weight 1. Equation numbers are the paper's.
+One idea carries this file: a Transformer is a list of chunks, and a chunk is a pool of attention and of
+feed-forward modules, two routers, and an assembling function phi that says, at each of H steps and for every
+token, which modules are applied and with what weights. In MoM phi is the top K of N modules and SKIP. A block
+of vanilla GPT-2 is the chunk with N = 1: one step, no router, weight 1. Layer-skip, early exit, parameter
+sharing, mixture-of-experts and mixture-of-depths are other choices of phi over the same assembly (section 3.5).
+Equation numbers are the paper's.
 
-Shapes: B batch, T time, M = B*T tokens, C width, N modules of a pool, K selected, H steps, R router state,
-nh heads, hs head size, V vocabulary.
+Shapes: B batch, T time, M = B*T tokens, C width, N modules of a pool, E = N (+ 1 with SKIP) entries of a router,
+K selected, H steps, R router state, nh heads, hs head size, V vocabulary.
 """
 import itertools
 import json
@@ -14,27 +16,38 @@ import math
 import os
 import pickle
 from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import safetensors.torch
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 
+PHI = ('mom', 'layer_skip', 'early_exit', 'share', 'moe', 'moe_share', 'mod')
+Shape = namedtuple('Shape', 'phi H N_A N_F layers_A layers_F')  # of one chunk; see MoMConfig.shapes
+
 
 @dataclass
 class MoMConfig:
     """The shape of a model. Raises ValueError, naming the fix, for a combination that cannot be built."""
-    chunks: str = '1-1-4-1-4-1'     # N of each chunk; 1 is a vanilla block. n_layer is their sum
+    chunks: str = '1-1-4-1-4-1'     # N of each chunk, in layers of the vanilla model; n_layer is their sum
+    phi: str = 'mom'                # assembling function of chunks with N > 1 ('moe', 'mod': with N = 1); see Chunk
     K: int = 2                      # modules selected per token and step, SKIP among them
-    H: int = 6                      # assembly steps of a chunk
+    H: int = 6                      # assembly steps of a chunk under 'mom'; 'share' has len(c_share), the others N
     skip: bool = True               # the "S" of K2H6S: routers may choose SKIP
     N_A: int = 0                    # attention modules kept of a chunk with N > 1, the first ones; 0 keeps all
     N_F: int = 0                    # feed-forward modules likewise. A pool with fewer than K selects all it has
-    router: str = 'gru'             # 'gru' (Eq. 7) or 'mlp' (Appendix D.1: two layers, no state)
+    keep_A: list = field(default_factory=list)   # which attention modules to keep instead, such as [0, 2]
+    keep_F: list = field(default_factory=list)   # which feed-forward modules
+    tied: bool = False              # all modules of a chunk are its first one ("MoM-same" of Table 2)
+    c_share: list = field(default_factory=list)  # 'share': the module of each step, such as [0, 0, 1, 1] (Eq. 10)
+    experts: int = 4                # 'moe': feed-forward experts of a layer
+    capacity: float = 0.125         # 'mod': share of a sequence's tokens that go through a routed block
+    router: str = 'gru'             # 'gru' (Eq. 7), 'mlp' (Appendix D.1: two layers, no state) or 'linear' (Mixtral's)
     router_dim: int = 256           # R, the width of the router's state
     router_weights: str = 'linear'  # weight of a selected module: 'linear' = r (Eq. 5, 6), or 'softmax' of r / tau
     tau: float = 0.2                # temperature of the softmax weights
+    balance: float = 0.0            # coefficient of the load-balancing loss; the paper found that it hurts (D.2)
     n_embd: int = 768               # C
     n_head: int = 12
     block_size: int = 1024          # longest sequence
@@ -49,25 +62,55 @@ class MoMConfig:
             raise ValueError(f"chunks={self.chunks!r} must be positive numbers joined by '-', such as '1-1-4-1-4-1'")
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}')
-        for key in ('K', 'H', 'n_embd', 'n_head', 'block_size', 'vocab_size', 'router_dim'):
+        for key in ('K', 'H', 'experts', 'n_embd', 'n_head', 'block_size', 'vocab_size', 'router_dim'):
             if getattr(self, key) < 1:
                 raise ValueError(f'{key}={getattr(self, key)} must be at least 1')
-        if self.router not in ('gru', 'mlp'):
-            raise ValueError(f"router={self.router!r} must be 'gru' or 'mlp'")
-        if self.router_weights not in ('linear', 'softmax'):
-            raise ValueError(f"router_weights={self.router_weights!r} must be 'linear' or 'softmax'")
-        if self.tau <= 0:
-            raise ValueError(f'tau={self.tau} must be above 0')
-        if self.N_A < 0 or self.N_F < 0:
-            raise ValueError(f'N_A={self.N_A} and N_F={self.N_F} must be 0 (all modules) or more')
-        if max(sizes) == 1:
-            return  # vanilla: nothing is routed
-        for N in (n for n in sizes if n > 1):
-            if max(self.N_A, self.N_F) > N:
-                raise ValueError(f'N_A={self.N_A}, N_F={self.N_F}: a chunk of {N} modules has not that many to keep')
-            if self.K > max(self.N_A or N, self.N_F or N) + self.skip:
-                raise ValueError(f'K={self.K} is more than a chunk of N={N} modules{" and SKIP" * self.skip} offers: '
-                                 f'take K <= {max(self.N_A or N, self.N_F or N) + self.skip} or larger chunks')
+        for key, known in {'phi': PHI, 'router': ('gru', 'mlp', 'linear'),
+                           'router_weights': ('linear', 'softmax')}.items():
+            if getattr(self, key) not in known:
+                raise ValueError(f'{key}={getattr(self, key)!r} must be one of {", ".join(known)}')
+        if self.tau <= 0 or self.balance < 0:
+            raise ValueError(f'tau={self.tau} must be above 0, and balance={self.balance} at least 0')
+        if not 0 < self.capacity <= 1:
+            raise ValueError(f'capacity={self.capacity} is a share of the tokens: 0 < capacity <= 1')
+        if self.phi in ('moe', 'mod') and max(sizes) > 1:
+            raise ValueError(f"phi={self.phi!r} works layer by layer: chunks={self.chunks!r} must be "
+                             f"'{'-'.join('1' * sum(sizes))}'")
+        if self.phi != 'mom' and self.vanilla:
+            raise ValueError(f'phi={self.phi!r} finds nothing to route in chunks={self.chunks!r}: take a chunk of '
+                             "several layers, such as '1-4-1'; for 'mod', which routes every other block, more blocks")
+        for shape, N in zip(self.shapes, sizes):
+            if shape.phi != 'vanilla':
+                self._check_chunk(shape, N)
+
+    def _check_chunk(self, shape, N):
+        for kind, first, keep in (('A', self.N_A, self.keep_A), ('F', self.N_F, self.keep_F)):
+            if first and keep:
+                raise ValueError(f'N_{kind}={first} and keep_{kind}={keep} say the same thing: give one of them')
+            if not 0 <= first <= N:
+                raise ValueError(f'N_{kind}={first}: a chunk of {N} modules can keep 1 to {N} of them, or 0 for all')
+            if any(type(i) is not int or not 0 <= i < N for i in keep) or len(set(keep)) < len(keep):
+                raise ValueError(f'keep_{kind}={keep} must name different modules of a chunk of {N}: 0 to {N - 1}')
+        if self.phi in ('layer_skip', 'early_exit', 'moe_share') and shape.N_A < N or (
+                self.phi in ('layer_skip', 'early_exit') and shape.N_F < N):
+            raise ValueError(f'phi={self.phi!r} applies module h at step h, so all must be there: leave N_A, keep_A '
+                             '(and, unless it is moe_share, N_F, keep_F) out')
+        if self.tied and self.phi != 'mom':
+            raise ValueError(f"tied=True (MoM-same) goes with phi='mom'; to share under {self.phi!r}, see phi='share'")
+        if self.phi in ('layer_skip', 'early_exit', 'share', 'mod') and self.K != 1:
+            raise ValueError(f'phi={self.phi!r} applies one module at a step: K={self.K} must be K=1')
+        if self.phi in ('layer_skip', 'early_exit') and not self.skip:
+            raise ValueError(f'phi={self.phi!r} chooses between a module and SKIP: it needs skip=True')
+        if self.phi == 'share':
+            fewest = min(shape.N_A, shape.N_F)
+            if not self.c_share or any(type(i) is not int or not 0 <= i < fewest for i in self.c_share):
+                raise ValueError(f"phi='share' needs the module of each step: c_share={self.c_share} must be a list of "
+                                 f'numbers from 0 to {fewest - 1}, such as {[i // 2 % fewest for i in range(N)]}')
+            return
+        most = max(shape.N_F, shape.N_A if self.phi == 'mom' else 0) + self.skip
+        if self.K > most and self.phi != 'mod':
+            raise ValueError(f'K={self.K} is more than a pool of {most - self.skip} modules{" and SKIP" * self.skip} '
+                             f'offers: take K <= {most} or larger pools')
         if self.router_weights == 'softmax' and self.K == 1:
             raise ValueError("router_weights='softmax' divides by the sum over the selected: with K=1 each weight is 1 "
                              "and the router gets no gradient. Take K >= 2 or router_weights='linear'")
@@ -77,12 +120,35 @@ class MoMConfig:
         return [int(n) for n in self.chunks.split('-')]
 
     @property
+    def shapes(self):
+        """Of each chunk: phi, steps, the sizes of its pools, and the layers of the chunk that its modules come from."""
+        shapes = []
+        for i, N in enumerate(self.sizes):
+            if N == 1 and self.phi != 'moe' and not (self.phi == 'mod' and i % 2):  # MoD routes every other block
+                shapes.append(Shape('vanilla', 1, 1, 1, [0], [0]))
+                continue
+            layers_A, layers_F = (keep or list(range(first or N))
+                                  for first, keep in ((self.N_A, self.keep_A), (self.N_F, self.keep_F)))
+            if self.phi == 'moe':
+                layers_F = [0] * self.experts  # experts start as copies of the layer's own
+            N_A, N_F = len(layers_A), len(layers_F)
+            if self.tied:
+                layers_A, layers_F = layers_A[:1], layers_F[:1]
+            H = {'mom': self.H, 'share': len(self.c_share)}.get(self.phi, N)
+            shapes.append(Shape(self.phi, H, N_A, N_F, layers_A, layers_F))
+        return shapes
+
+    @property
+    def vanilla(self):  # a GPT-2: nothing is routed
+        return all(shape.phi == 'vanilla' for shape in self.shapes)
+
+    @property
     def n_layer(self):  # layers of the vanilla model that the modules make up
         return sum(self.sizes)
 
     @property
     def depth(self):  # steps executed: what is deep in an assembled model
-        return sum(1 if N == 1 else self.H for N in self.sizes)
+        return sum(shape.H for shape in self.shapes)
 
 
 # ----------------------------------------------------------------------------- modules
@@ -93,26 +159,27 @@ FeedForward = namedtuple('FeedForward', 'ln_w ln_b fc_w fc_b proj_w proj_b')
 
 
 class Pool(nn.Module):
-    """N modules of one kind. Weights are stored (in, out), as GPT-2's, and used as x @ W + b."""
+    """The modules of one kind of a chunk. Weights are stored (in, out), as GPT-2's, and used as x @ W + b."""
 
-    def __init__(self, kind, N, *shapes):
+    def __init__(self, kind, stored, N, *shapes):
         super().__init__()
-        self.kind = kind
+        self.kind, self.times = kind, N // stored  # tied modules are stored once
         for name, shape in zip(kind._fields, shapes):
-            self.register_parameter(name, nn.Parameter(torch.empty(N, *shape)))
+            self.register_parameter(name, nn.Parameter(torch.empty(stored, *shape)))
 
     def unbind(self):
         """The N modules. Once per forward pass: the backward of an unbind is one stack, in which a module that no
         token chose has zeros, so every parameter always gets a gradient. Data parallelism needs that."""
-        return [self.kind(*one) for one in zip(*(getattr(self, name).unbind(0) for name in self.kind._fields))]
+        stacks = (getattr(self, name).unbind(0) for name in self.kind._fields)
+        return [self.kind(*one) for one in zip(*stacks)] * self.times
 
 
-def attention_pool(N, C):
-    return Pool(Attention, N, (C,), (C,), (C, 3 * C), (3 * C,), (C, C), (C,))
+def attention_pool(stored, N, C):
+    return Pool(Attention, stored, N, (C,), (C,), (C, 3 * C), (3 * C,), (C, C), (C,))
 
 
-def ffn_pool(N, C):
-    return Pool(FeedForward, N, (C,), (C,), (C, 4 * C), (4 * C,), (4 * C, C), (C,))
+def ffn_pool(stored, N, C):
+    return Pool(FeedForward, stored, N, (C,), (C,), (C, 4 * C), (4 * C,), (4 * C, C), (C,))
 
 
 def norm(m, x):  # each module has its own LayerNorm ("Add & Norm" belongs to the module)
@@ -135,38 +202,62 @@ def ffn(m, u):  # (M, C) -> (M, C). GPT-2's GELU is the tanh form; erf differs b
 # ----------------------------------------------------------------------------- router
 
 class Router(nn.Module):
-    """Scores the N modules of a pool, and SKIP, for every token (Eq. 2, 7, 8).
+    """Scores the E entries of a pool, its modules and SKIP, for every token (Eq. 2, 7, 8).
 
     The input is the residual stream itself, not normalised. The state is per token and passes from one
-    assembly step to the next; nothing flows between tokens. Arithmetic stays in the weights' own type
-    (fp32 in training) under autocast.
+    assembly step to the next; nothing flows between tokens. 'linear' is the gate of a Mixtral layer: one matrix
+    per step, on the normalised stream, no state. Arithmetic stays in the weights' own type (fp32 in training)
+    under autocast.
     """
 
-    def __init__(self, cfg, N):
+    def __init__(self, cfg, E, H):
         super().__init__()
-        self.K = min(cfg.K, N + cfg.skip)
-        self.N, self.softmax, self.tau = N, cfg.router_weights == 'softmax', cfg.tau
-        self.gru = nn.GRUCell(cfg.n_embd, cfg.router_dim) if cfg.router == 'gru' else None
-        self.mlp = nn.Linear(cfg.n_embd, cfg.router_dim) if cfg.router == 'mlp' else None
-        self.out = nn.Linear(cfg.router_dim, N + cfg.skip, bias=False)  # W of Eq. 8; its last row scores SKIP
+        C, R, self.E = cfg.n_embd, cfg.router_dim, E
+        self.gru = nn.GRUCell(C, R) if cfg.router == 'gru' else None
+        self.mlp = nn.Linear(C, R) if cfg.router == 'mlp' else None
+        self.gates = nn.Linear(C, H * E, bias=False) if cfg.router == 'linear' else None
+        self.out = nn.Linear(R, E, bias=False) if self.gates is None else None  # W of Eq. 8; its last row scores SKIP
 
-    def forward(self, x, s):
-        """x (M, C), state s (M, R) or None at the first step -> ids (M, K) int64, weights (M, K), next s.
-
-        An id of N is SKIP. It can be among a token's K picks, at most once; nothing is renormalised then.
-        """
+    def forward(self, x, s, h):
+        """x (M, C), state s (M, R) or None at the first step, h the step -> scores r (M, E), next s."""
         with torch.autocast(x.device.type, enabled=False):
+            if self.gates:
+                W = self.gates.weight.view(-1, self.E, x.size(-1))[h]
+                return F.linear(F.layer_norm(x.to(W.dtype), x.shape[-1:]), W), None
             x = x.to(self.out.weight.dtype)
             s = self.gru(x, s) if self.gru else F.gelu(self.mlp(x), approximate='tanh')  # Eq. 7
-            r = self.out(s)                                                              # Eq. 8, (M, N+1)
-            weights, ids = r.topk(self.K, dim=-1)
-            if self.softmax:  # over all N+1, then divided by the sum over the selected, SKIP included
-                p = (r / self.tau).softmax(-1).gather(-1, ids)
-                weights = p / p.sum(-1, keepdim=True)
-        return ids, weights, s
+            return self.out(s), s                                                        # Eq. 8
+
+
+def top_k(r, K, router_weights, tau):
+    """TopK of section 3.2: scores r (M, E) -> ids (M, K), the highest first, and their weights (M, K).
+
+    SKIP can be among a token's picks, at most once; nothing is renormalised then. The softmax is over all entries,
+    then divided by the sum over the selected, SKIP included.
+    """
+    weights, ids = r.topk(K, dim=-1)
+    if router_weights == 'softmax':
+        p = (r / tau).softmax(-1).gather(-1, ids)
+        weights = p / p.sum(-1, keepdim=True)
+    return ids, weights
+
+
+def balance_loss(r, ids, tau):
+    """The load-balancing loss of Switch Transformers (Fedus et al. 2022): E * sum over entries of share * probability.
+
+    share: the part of the picks, ids (M, K), that fell on an entry; probability: the mean of softmax(r / tau) over the
+    tokens, r (M, E). It is 1 when all entries are picked alike, more when picks and probabilities pile up on the same.
+    """
+    share = F.one_hot(ids, r.size(1)).to(r.dtype).mean(dim=(0, 1))
+    return r.size(1) * (share * (r / tau).softmax(-1).mean(dim=0)).sum()
 
 
 # ----------------------------------------------------------------------------- assembly
+
+# What a router decided for M tokens at one step. kind: 'A' attention, 'F' feed-forward, 'T' which tokens (MoD).
+# ids (M, K), where N is SKIP; weights (M, K); groups: ids sorted by module; aux: a loss to train with, or None.
+Decision = namedtuple('Decision', 'kind step N ids weights groups aux')
+
 
 def group_by_module(ids, N):
     """Sort the M*K assignments by module. ids (M, K) -> for each of N modules, its (tokens, slots), SKIP dropped."""
@@ -176,73 +267,135 @@ def group_by_module(ids, N):
     return [(a // K, a % K) for a in order.split(counts)[:N]]
 
 
-def route_by(router, x, s):
-    """One decision: x (M, C), state s -> (which tokens go to which module, with what weights), next state."""
-    if router is None:
-        return None, None  # a vanilla block
-    ids, weights, s = router(x, s)
-    return (group_by_module(ids, router.N), weights), s
-
-
 def assemble(module, pool, x, route, weighted):
     """Sum over each token's own selection: sum_k module_k(x), or sum_k r_k * module_k(x) if weighted.
 
-    module: qkv_in, attn_out or ffn; pool: its N modules; x (M, C); route: what route_by returned, None for the
-    vanilla chunk (N = 1, weight 1). A token that selected only SKIP gets zeros.
+    module: qkv_in, attn_out or ffn; pool: its N modules; x (M, C); route: a Decision, or the number of the one module
+    that all tokens take with weight 1. A token that selected only SKIP gets zeros.
     """
-    if route is None:
-        return module(pool[0], x)
-    groups, weights = route
+    if isinstance(route, int):
+        return module(pool[route], x)
     out = None
-    for m, (token, slot) in zip(pool, groups):  # each module once, with all of its tokens, or none of them
+    for m, (token, slot) in zip(pool, route.groups):  # each module once, with all of its tokens, or none of them
         y = module(m, x.index_select(0, token))
         if weighted:
-            y = y * weights[token, slot].unsqueeze(1).to(y.dtype)
+            y = y * route.weights[token, slot].unsqueeze(1).to(y.dtype)
         if out is None:
             out = y.new_zeros(x.size(0), y.size(1))
         out.index_add_(0, token, y)
     return out
 
 
-def attend(qkv, n_head, B, cache=None, step=0):
+def attend(qkv, n_head, B, cache=None, step=0, count=None):
     """Causal softmax attention of Eq. 5 over assembled q, k, v. (M, 3C) -> (M, C); M is B sequences of T."""
     M, C = qkv.size(0), qkv.size(1) // 3
     q, k, v = qkv.view(B, M // B, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
+    mask = None
     if cache is not None:
-        k, v = cache.extend(step, k, v)
-    T, S = q.size(2), k.size(2)
-    # With a cache the T queries are the last of S keys; is_causal would align them with the first.
-    mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
-    a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=T == S)
+        k, v, mask = cache.extend(step, k, v, count)
+    a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cache is None)
     return a.transpose(1, 2).reshape(M, C)
 
 
 class Chunk(nn.Module):
-    """N modules of each kind, two routers, H assembly steps (Eq. 4). A vanilla block is N = 1, H = 1, no router."""
+    """Pools of modules, routers, and H assembly steps (Eq. 4). Its assembling function phi is one of
 
-    def __init__(self, cfg, N):
+    vanilla      one module, one step: a block of GPT-2
+    mom          the top K of R^A, the top K of R^F (Eq. 5, 6)
+    layer_skip   module h or SKIP, by the scores of these two alone (Eq. 9)
+    early_exit   the same, but once a token skips, it skips all that follows in the chunk, of both kinds
+    share        module c_share[h], no router (Eq. 10)
+    moe          the layer's attention, the top K of its experts (Eq. 11)
+    moe_share    attention h, the top K of the chunk's feed-forward modules
+    mod          a vanilla block for the tokens that it chooses of a sequence: see on_chosen_tokens
+    """
+
+    def __init__(self, cfg, shape):
         super().__init__()
-        routed = N > 1
-        N_A, N_F = (cfg.N_A or N, cfg.N_F or N) if routed else (1, 1)
-        self.H, self.n_head = cfg.H if routed else 1, cfg.n_head
-        self.attn, self.ffn = attention_pool(N_A, cfg.n_embd), ffn_pool(N_F, cfg.n_embd)
-        self.router_a = Router(cfg, N_A) if routed else None
-        self.router_f = Router(cfg, N_F) if routed else None
+        C, R = cfg.n_embd, cfg.router_dim
+        self.cfg, self.phi, self.H, self.N_A, self.N_F = cfg, shape.phi, shape.H, shape.N_A, shape.N_F
+        self.attn = attention_pool(len(shape.layers_A), shape.N_A, C)
+        self.ffn = ffn_pool(len(shape.layers_F), shape.N_F, C)
+        one, each = [0], list(range(shape.H))  # the modules of the steps where no router decides
+        self.fixed_A = {'vanilla': one, 'mod': one, 'moe': one, 'moe_share': each, 'share': cfg.c_share}.get(self.phi)
+        self.fixed_F = {'vanilla': one, 'mod': one, 'share': cfg.c_share}.get(self.phi)
+        self.router_a = None if self.fixed_A else Router(cfg, shape.N_A + cfg.skip, shape.H)
+        self.router_f = None if self.fixed_F else Router(cfg, shape.N_F + cfg.skip, shape.H)
+        self.router_t = Router(cfg, 1, 1) if self.phi == 'mod' else None
+        self.predictor = nn.Sequential(nn.Linear(C, R), nn.GELU(), nn.Linear(R, 1)) if self.phi == 'mod' else None
 
-    def forward(self, x, cache=None, first_step=0):
-        """x (B, T, C) -> (B, T, C). first_step: the number of this chunk's first step in the cache."""
+    def choose(self, kind, x, h, state):
+        """phi (Eq. 3): what step h applies to x (M, C), of attention (kind 'A') or feed-forward ('F').
+
+        state: a dict that lives as long as one forward pass, with router states and with who has exited.
+        Returns the number of the module that all tokens take, or a Decision.
+        """
+        router, fixed, N = ((self.router_a, self.fixed_A, self.N_A) if kind == 'A' else
+                            (self.router_f, self.fixed_F, self.N_F))
+        if router is None:
+            return fixed[h]
+        r, state[kind] = router(x, state.get(kind), h)
+        entries = None
+        if self.phi in ('layer_skip', 'early_exit'):  # of all scores, module h's and SKIP's
+            entries = torch.tensor([h, N], device=r.device)
+            r = r[:, entries]
+        ids, weights = top_k(r, min(self.cfg.K, r.size(1)), self.cfg.router_weights, self.cfg.tau)
+        aux = None
+        if self.cfg.balance and self.training:
+            aux = self.cfg.balance * balance_loss(r, ids, self.cfg.tau)
+        if entries is not None:
+            ids = entries[ids]
+        if self.phi == 'early_exit':
+            state['gone'] = (ids == N) | state.get('gone', False)
+            ids = ids.masked_fill(state['gone'], N)
+        return Decision(kind, h, N, ids, weights, group_by_module(ids, N), aux)
+
+    def steps(self, x, cache=None, first_step=0, count=None):
+        """Eq. 4, H times: x (B, T, C) -> (B, T, C) and the routers' Decisions."""
         B, T, C = x.shape
         x = x.reshape(B * T, C)
-        attns, ffns = self.attn.unbind(), self.ffn.unbind()
-        s_a = s_f = None
+        attns, ffns, state, decisions = self.attn.unbind(), self.ffn.unbind(), {}, []
         for h in range(self.H):
-            route, s_a = route_by(self.router_a, x, s_a)
+            route = self.choose('A', x, h, state)
             qkv = assemble(qkv_in, attns, x, route, weighted=False)     # the sums inside Eq. 5 are unweighted
-            a = attend(qkv, self.n_head, B, cache, first_step + h)
+            a = attend(qkv, self.cfg.n_head, B, cache, first_step + h, count)
             x = x + assemble(attn_out, attns, a, route, weighted=True)  # u = x + F^A(x)
-            route, s_f = route_by(self.router_f, x, s_f)
+            decisions.append(route)
+            route = self.choose('F', x, h, state)
             x = x + assemble(ffn, ffns, x, route, weighted=True)        # x = u + F^F(u), Eq. 6
-        return x.view(B, T, C)
+            decisions.append(route)
+        return x.view(B, T, C), [d for d in decisions if isinstance(d, Decision)]
+
+    def on_chosen_tokens(self, x, cache=None, first_step=0):
+        """Mixture-of-depths (Raposo et al. 2024): the block sees some tokens of a sequence, the others pass by.
+
+        In training the tokens are those with the highest scores, `capacity` of the sequence. That looks at the
+        future; so in eval mode, and in generation, a predictor says for each token by itself whether it would have
+        been among them. It learns beside the model, from a cross-entropy that sends no gradient into it.
+        """
+        B, T, C = x.shape
+        score, _ = self.router_t(x, None, 0)                                       # (B, T, 1)
+        member = self.predictor(x.detach()).squeeze(-1)                            # (B, T), a logit
+        if self.training:
+            best = score.squeeze(-1).topk(max(1, round(self.cfg.capacity * T)), dim=1).indices
+            chosen = torch.zeros_like(member, dtype=torch.bool).scatter(1, best, True)
+            aux, longest = F.binary_cross_entropy_with_logits(member, chosen.to(member.dtype)), best.size(1)
+        else:
+            chosen, aux = member > 0, None
+            longest = max(1, int(chosen.sum(1).max()))
+        # The chosen ones of each sequence in their order, then some others to fill the rows: as they come last,
+        # no chosen token attends to them, and what they get is dropped.
+        rows = chosen.int().argsort(dim=1, descending=True, stable=True)[:, :longest].unsqueeze(-1)  # (B, longest, 1)
+        part = x.gather(1, rows.expand(-1, -1, C))
+        y, _ = self.steps(part, cache, first_step, chosen.sum(1))
+        weight = (score * chosen.unsqueeze(-1)).gather(1, rows)
+        x = x.scatter_add(1, rows.expand(-1, -1, C), weight.to(x.dtype) * (y - part))
+        ids = 1 - chosen.int().view(-1, 1)                                         # 0 the block, 1 SKIP
+        return x, [Decision('T', 0, 1, ids, score.view(-1, 1), None, aux)]
+
+    def forward(self, x, cache=None, first_step=0):
+        """x (B, T, C) -> (B, T, C) and Decisions. first_step: the number of this chunk's first step in the cache."""
+        return (self.on_chosen_tokens if self.phi == 'mod' else self.steps)(x, cache, first_step)
 
 
 class Cache:
@@ -251,12 +404,22 @@ class Cache:
     def __init__(self, cfg, B, device, dtype):
         shape = cfg.depth, B, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head
         self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for _ in 'kv')
+        self.used = torch.zeros(cfg.depth, B, dtype=torch.int64, device=device)  # entries of each step and sequence
         self.length = 0  # tokens seen; GPT moves it on after all chunks have run
 
-    def extend(self, step, k, v):  # (B, nh, T, hs) of the new tokens -> (B, nh, length + T, hs) of all
-        end = self.length + k.size(2)
-        self.k[step, :, :, self.length:end], self.v[step, :, :, self.length:end] = k, v
-        return self.k[step, :, :, :end], self.v[step, :, :, :end]
+    def extend(self, step, k, v, count=None):
+        """Append k, v (B, nh, T, hs) of the new tokens, or of the first count (B,) of them in each sequence.
+
+        Returns all keys and values, (B, nh, S, hs), and which of them each new token sees, (B, 1, T, S).
+        """
+        B, nh, T, hs = k.shape
+        S = self.length + T if count is None else int(self.used[step].max()) + T
+        slots = self.used[step].unsqueeze(1) + torch.arange(T, device=k.device)  # (B, T)
+        for mine, new in ((self.k, k), (self.v, v)):
+            mine[step].scatter_(2, slots.view(B, 1, T, 1).expand(-1, nh, -1, hs), new)
+        self.used[step] += T if count is None else count
+        mask = torch.arange(S, device=k.device) <= slots.view(B, 1, T, 1)
+        return self.k[step, :, :, :S], self.v[step, :, :, :S], mask
 
 
 # ----------------------------------------------------------------------------- the model
@@ -269,7 +432,7 @@ class GPT(nn.Module):
         self.cfg = cfg
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd)
-        self.chunks = nn.ModuleList(Chunk(cfg, N) for N in cfg.sizes)
+        self.chunks = nn.ModuleList(Chunk(cfg, shape) for shape in cfg.shapes)
         self.ln_f = nn.LayerNorm(cfg.n_embd)
         self.init_weights()
 
@@ -295,7 +458,7 @@ class GPT(nn.Module):
                     nn.init.normal_(p, std=std / math.sqrt(2 * self.cfg.depth) if deep else std)
 
     def features(self, idx, cache=None):
-        """Token ids (B, T) -> what the head sees, (B, T, C), after the final LayerNorm.
+        """Token ids (B, T) -> what the head sees, (B, T, C), after the final LayerNorm, and each chunk's Decisions.
 
         With a cache, idx holds the tokens that follow those already in it.
         Raises ValueError if the sequence is longer than block_size.
@@ -305,23 +468,35 @@ class GPT(nn.Module):
         if end > self.cfg.block_size:
             raise ValueError(f'a sequence of {end} tokens is longer than block_size={self.cfg.block_size}: cut it')
         x = self.wte(idx) + self.wpe(torch.arange(start, end, device=idx.device))
-        step = 0
+        step, decisions = 0, []
         for chunk in self.chunks:
-            x = chunk(x, cache, step)
+            x, decided = chunk(x, cache, step)
+            decisions.append(decided)
             step += chunk.H
         if cache is not None:
             cache.length = end
-        return self.ln_f(x)
+        return self.ln_f(x), decisions
+
+    def loss(self, x, targets):
+        """Features (B, T, C), targets (B, T) int64 -> logits (B, T, V) and their mean cross-entropy in nats per token.
+        A target of -100 counts for nothing."""
+        logits = F.linear(x, self.wte.weight)
+        return logits, F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1))
 
     def forward(self, idx, targets=None):
         """idx (B, T) int64 -> logits (B, T, V) and the mean cross-entropy in nats per token (None without targets).
 
-        targets (B, T) int64; -100 counts for nothing.
+        targets (B, T) int64; -100 counts for nothing. In training mode the auxiliary losses (`balance`, the predictor
+        of MoD) add their gradients to the loss, not their values: what is printed stays the cross-entropy.
         """
-        logits = F.linear(self.features(idx), self.wte.weight)
+        x, decisions = self.features(idx)
         if targets is None:
-            return logits, None
-        return logits, F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1))
+            return F.linear(x, self.wte.weight), None
+        logits, loss = self.loss(x, targets)
+        for decision in itertools.chain(*decisions):
+            if decision.aux is not None:
+                loss = loss + (decision.aux - decision.aux.detach())
+        return logits, loss
 
     @torch.inference_mode()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
@@ -333,12 +508,14 @@ class GPT(nn.Module):
         """
         if temperature < 0 or (top_k is not None and top_k < 1) or idx.size(1) < 1:
             raise ValueError(f'temperature={temperature} must be >= 0, top_k={top_k} >= 1 or None, idx not empty')
-        cache, new = Cache(self.cfg, idx.size(0), idx.device, self.wte.weight.dtype), idx
+        training, cache = self.training, Cache(self.cfg, idx.size(0), idx.device, self.wte.weight.dtype)
+        self.eval()  # MoD must not look at the future
+        new = idx
         for _ in range(max_new_tokens):
             if idx.size(1) <= self.cfg.block_size:
-                x = self.features(new, cache)
+                x, _ = self.features(new, cache)
             else:
-                x = self.features(idx[:, -self.cfg.block_size:])
+                x, _ = self.features(idx[:, -self.cfg.block_size:])
             logits = F.linear(x[:, -1], self.wte.weight).float()  # (B, V)
             if temperature == 0:
                 new = logits.argmax(-1, keepdim=True)
@@ -348,28 +525,37 @@ class GPT(nn.Module):
                     logits = logits.masked_fill(logits < kth, -math.inf)
                 new = (logits / temperature).softmax(-1).multinomial(1)
             idx = torch.cat((idx, new), dim=1)
+        self.train(training)
         return idx
 
     def num_params(self):
         """(all parameters, those of the routers); the tied head counts once."""
-        routers = [p for c in self.chunks for r in (c.router_a, c.router_f) if r is not None for p in r.parameters()]
+        routers = [p for name, p in self.named_parameters() if '.router_' in name or '.predictor.' in name]
         return sum(p.numel() for p in self.parameters()), sum(p.numel() for p in routers)
 
     def flops_per_token(self, T, k_a=None, k_f=None):
         """Forward FLOPs per token at length T: 2 per multiply-add, attention over the full T, head included.
 
-        k_a, k_f: attention and feed-forward modules that a token takes per routed step, on average (K if not
-        given; SKIP costs nothing). Training costs three times as much. LayerNorms, GELU and sums are not counted.
+        k_a, k_f: modules that a token takes, on average, of each attention and feed-forward decision of a router (K if
+        not given; SKIP costs nothing); under MoD, the share of the tokens that are chosen. Training costs three times
+        as much. LayerNorms, GELU and sums are not counted.
         """
         C, R, total = self.cfg.n_embd, self.cfg.router_dim, 0
         for chunk in self.chunks:
-            a, f = 1, 1
-            for router in filter(None, (chunk.router_a, chunk.router_f)):
-                state = 3 * R * (C + R) if self.cfg.router == 'gru' else R * C
-                total += chunk.H * 2 * (state + R * router.out.out_features)
-                a = chunk.router_a.K if k_a is None else k_a
-                f = chunk.router_f.K if k_f is None else k_f
-            total += chunk.H * ((8 * a + 16 * f) * C * C + 4 * T * C)
+            a, f, seen = 1, 1, T  # modules per step; tokens that attend to each other
+            for router, k in ((chunk.router_a, k_a), (chunk.router_f, k_f), (chunk.router_t, None)):
+                if router:
+                    state = {'gru': 3 * R * (C + R) + R * router.E, 'mlp': R * (C + router.E), 'linear': C * router.E}
+                    total += 2 * chunk.H * state[self.cfg.router]
+            if chunk.router_a:
+                a = min(self.cfg.K, chunk.router_a.E) if k_a is None else k_a
+            if chunk.router_f:
+                f = min(self.cfg.K, chunk.router_f.E) if k_f is None else k_f
+            if chunk.router_t:
+                a = f = self.cfg.capacity if k_a is None else k_a
+                seen = a * a * T
+                total += 2 * R * (C + 1)  # the predictor
+            total += chunk.H * ((8 * a + 16 * f) * C * C + 4 * seen * C)
         return total + 2 * C * self.cfg.vocab_size
 
     def param_groups(self, weight_decay):
@@ -398,13 +584,14 @@ class GPT(nn.Module):
         have = MoMConfig(**base)
         if cfg.block_size > have.block_size:
             raise ValueError(f'block_size={cfg.block_size}, but {source} knows {have.block_size} positions at most')
-        if cfg.sizes != have.sizes and max(have.sizes) > 1:
-            raise ValueError(f'{source} is assembled already, with chunks {have.chunks}: only a vanilla model can be '
-                             f'cut into {cfg.chunks}. Start from its phase-one checkpoint')
         if cfg.n_layer != have.n_layer:
             raise ValueError(f'chunks {cfg.chunks} sum to {cfg.n_layer}, but {source} has {have.n_layer} layers')
+        if not have.vanilla and [s._replace(H=0) for s in cfg.shapes] != [s._replace(H=0) for s in have.shapes]:
+            raise ValueError(f'{source} is assembled already, with phi={have.phi!r} and chunks {have.chunks}: only a '
+                             f'vanilla model can become phi={cfg.phi!r} with other pools or chunks {cfg.chunks}. Start '
+                             'from its phase-one checkpoint')
         model = cls(cfg)
-        model.load_state_dict(regroup(state, model, have.sizes, source), strict=True)
+        model.load_state_dict(regroup(state, model, have.vanilla, source), strict=True)
         return model
 
 
@@ -495,23 +682,28 @@ def read_hugging_face(folder, source):
                        block_size=hf['n_positions'], vocab_size=hf['vocab_size'])
 
 
-def regroup(state, model, sizes, source):
-    """The weights `state`, of a model with chunks `sizes`, as a state dict for `model`.
+def regroup(state, model, vanilla, source):
+    """The weights `state` as a state dict for `model`.
 
-    Where the chunks differ, `state` is vanilla: consecutive layers are stacked into the pools of a chunk, which keep
-    the first N_A and N_F of them; the routers stay as `model` has them, fresh.
+    If they are a vanilla model's, consecutive layers are stacked into the pools of a chunk (its Shape says which
+    layers), and what no layer has, routers, stays as `model` has it, fresh.
     """
     arranged, starts = {}, [0, *itertools.accumulate(model.cfg.sizes)]
     for name, fresh in model.state_dict().items():
-        w = [state.get(name)]
-        if name.startswith('chunks.') and sizes != model.cfg.sizes:
+        layers = [name]
+        if vanilla and name.startswith('chunks.'):
             _, c, part = name.split('.', 2)
-            w = [state.get(f'chunks.{starts[int(c)] + i}.{part}') for i in range(len(fresh))]
-            if part.startswith('router'):
-                w = [fresh]
-        if any(one is None for one in w):
+            shape = model.cfg.shapes[int(c)]
+            kept = {'attn': shape.layers_A, 'ffn': shape.layers_F}.get(part.split('.')[0])
+            layers = kept and [f'chunks.{starts[int(c)] + i}.{part}' for i in kept]
+        if layers is None:
+            arranged[name] = fresh
+            continue
+        if any(layer not in state for layer in layers):
             raise ValueError(f'{source} has no {name} for chunks={model.cfg.chunks}: take the settings of its training')
-        w = torch.cat(w)[:len(fresh)] if name == 'wpe.weight' else torch.cat(w)
+        w = torch.cat([state[layer] for layer in layers])
+        if name == 'wpe.weight':
+            w = w[:len(fresh)]
         if w.shape != fresh.shape:
             raise ValueError(f'{source} has {name} of shape {tuple(w.shape)}, but this model wants '
                              f'{tuple(fresh.shape)}: take the settings of its training')

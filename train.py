@@ -8,6 +8,7 @@
 The defaults are the paper's recipe (section 4.1). Any setting: in a config file, or as --key=value.
 """
 import csv
+import itertools
 import json
 import math
 import os
@@ -34,15 +35,23 @@ overwrite = False                    # start anew in an out_dir that holds a run
 seed = 1337                          # of the weights and of the data order; phase two takes another one
 # --- model (of weights that are loaded, what is not given stays as it is)
 chunks = '1-1-1-1-1-1-1-1-1-1-1-1'   # N of each chunk; 1 is a vanilla block
-K = 2                                # modules selected per token and step
-H = 6                                # assembly steps of a chunk with N > 1
+phi = 'mom'                          # 'mom', 'layer_skip', 'early_exit', 'share', 'moe', 'moe_share' or 'mod'
+K = 2                                # modules selected per token and step, SKIP among them
+H = 6                                # assembly steps of a chunk with N > 1 under 'mom'
 skip = True                          # routers may choose SKIP
-N_A = 0                              # attention modules kept of each chunk; 0 keeps all
+N_A = 0                              # attention modules kept of each chunk, the first ones; 0 keeps all
 N_F = 0                              # feed-forward modules likewise
-router = 'gru'                       # 'gru' or 'mlp'
+keep_A = []                          # which attention modules to keep instead, such as [0,2]
+keep_F = []                          # which feed-forward modules
+tied = False                         # all modules of a chunk are its first one (MoM-same)
+c_share = []                         # 'share': the module of each step, such as [0,0,1,1]
+experts = 4                          # 'moe': experts of a layer
+capacity = 0.125                     # 'mod': share of the tokens that go through a routed block
+router = 'gru'                       # 'gru', 'mlp' or 'linear'
 router_dim = 256                     # width of the routers' state
 router_weights = 'linear'            # 'linear' or 'softmax'
 tau = 0.2                            # temperature of the softmax weights
+balance = 0.0                        # coefficient of the load-balancing loss
 n_embd = 768                         # width
 n_head = 12                          # heads
 block_size = 1024                    # tokens of a sequence
@@ -205,11 +214,11 @@ if not meta['vocab_size'] <= cfg.vocab_size < meta['vocab_size'] + 128:  # some 
                      'prepare the text with the tokenizer of the weights')
 raw.to(device)
 model = raw
-if compile and not any(chunk.router_a for chunk in raw.chunks):
+if compile and cfg.vanilla:
     model = torch.compile(raw)
-elif compile:  # sizes inside a routed chunk change with every batch: it stays eager, the vanilla ones compile
+elif compile:  # sizes inside a routed chunk change with every batch: it stays eager, the others compile
     for chunk in raw.chunks:
-        if chunk.router_a is None:
+        if chunk.phi in ('vanilla', 'share'):
             chunk.compile()
 if world > 1:
     model = DistributedDataParallel(model, device_ids=None if device == 'cpu' else [device])
@@ -232,28 +241,24 @@ def evaluate():
     The sequences are evenly spread over val.bin and never drawn at random: no evaluation changes a training step,
     and the loss is the mean over all of their tokens, whatever the number of ranks.
     """
-    picks = {'router_a': [0, 0], 'router_f': [0, 0]}  # real modules picked (SKIP is none), tokens routed
-
-    def count(name):
-        def hook(router, args, output):
-            picks[name][0] += (output[0] < router.N).sum().item()
-            picks[name][1] += len(output[0])
-        return hook
-
-    hooks = [m.register_forward_hook(count(name.rsplit('.', 1)[1]))
-             for name, m in raw.named_modules() if name.endswith(('router_a', 'router_f'))]
+    picks = dict.fromkeys(('A', 'A of', 'F', 'F of'), 0)  # real modules (SKIP is none), and tokens they were picked for
     room = (meta['val_tokens'] - 1) // block_size
     n = max(1, min(room, eval_tokens // block_size))
     mine = (np.arange(n) * room // n * block_size)[rank::world]
     loss_sum = 0.0
+    raw.eval()  # MoD chooses its tokens without looking at the future
     for at in range(0, len(mine), micro):
         x, y = sequences('val', mine[at:at + micro])
         with autocast:
-            loss_sum += raw(x, y)[1].item() * y.numel()
-    for hook in hooks:
-        hook.remove()
-    loss_sum, a, a_of, f, f_of = all_sum(loss_sum, *picks['router_a'], *picks['router_f'])
-    return loss_sum / (n * block_size), (a / a_of, f / f_of) if a_of else (1.0, 1.0)
+            x, decisions = raw.features(x)
+            loss_sum += raw.loss(x, y)[1].item() * y.numel()
+        for decision in itertools.chain(*decisions):
+            for kind in 'AF' if decision.kind == 'T' else decision.kind:  # MoD sends a token through both or neither
+                picks[kind] += (decision.ids < decision.N).sum().item()
+                picks[f'{kind} of'] += len(decision.ids)
+    raw.train()
+    loss_sum, a, a_of, f, f_of = all_sum(loss_sum, *picks.values())
+    return loss_sum / (n * block_size), a / a_of if a_of else 1.0, f / f_of if f_of else 1.0
 
 
 def save():
@@ -339,7 +344,7 @@ times, started, first_step = [], time.time(), step
 
 while True:
     if (step % eval_every == 0 or step == max_steps) and val_step != step:
-        val_loss, (k_a, k_f) = evaluate()
+        val_loss, k_a, k_f = evaluate()
         val_step, best_loss = step, min(best_loss, val_loss)
         bits_per_byte = val_loss / math.log(2) * meta['val_tokens'] / meta['val_bytes']
         flops = raw.flops_per_token(block_size, k_a, k_f)  # active ones: what SKIP saves does not count as work done
