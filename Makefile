@@ -1,12 +1,13 @@
 # make demo    both phases on real text in a few minutes of CPU, and what came of them
+# make systems every system of the paper, 200 steps each from the demo's phase one: 5 minutes
 # make test    every test
-# Both make a virtual environment and install what they need.
+# Each makes a virtual environment and installs what it needs.
 
 PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
 
-.PHONY: demo test clean
+.PHONY: demo systems test clean
 
 demo: $(VENV)/installed data/sotu_bytes/meta.json
 	$(PY) train.py config/gpt2_demo.py --overwrite=True
@@ -14,6 +15,27 @@ demo: $(VENV)/installed data/sotu_bytes/meta.json
 	$(PY) train.py config/mom_demo.py --overwrite=True
 	@echo; $(PY) sample.py --source=out/mom_demo --prompt="The state of the Union"
 	@echo; $(PY) bench.py runs --of=out/gpt2_demo,out/gpt2_demo_continued,out/mom_demo
+
+# Layer-skip, MoE and the others differ in their settings alone. MIXTRAL is the routing of a Mixtral layer.
+SYSTEM  = $(PY) train.py config/mom_demo.py --max_steps=200 --eval_every=200 --log_every=100 --overwrite=True
+MIXTRAL = --router=linear --router_weights=softmax --tau=1.0 --skip=False
+LAYERS  = --chunks=1-1-1-1-1-1
+
+systems: $(VENV)/installed data/sotu_bytes/meta.json
+	test -e out/gpt2_demo/best.pt || $(PY) train.py config/gpt2_demo.py --overwrite=True
+	$(SYSTEM) --out_dir=out/systems/vanilla $(LAYERS)
+	$(SYSTEM) --out_dir=out/systems/mom_k2h6s --H=6
+	$(SYSTEM) --out_dir=out/systems/mom_k3h2s --K=3 --H=2
+	$(SYSTEM) --out_dir=out/systems/mom_k3h1s --K=3 --H=1
+	$(SYSTEM) --out_dir=out/systems/mom_same --H=6 --tied=True
+	$(SYSTEM) --out_dir=out/systems/moe $(LAYERS) --phi=moe $(MIXTRAL)
+	$(SYSTEM) --out_dir=out/systems/moe_share --phi=moe_share $(MIXTRAL)
+	$(SYSTEM) --out_dir=out/systems/mod $(LAYERS) --phi=mod --K=1 --router=linear
+	$(SYSTEM) --out_dir=out/systems/layer_skip --phi=layer_skip --K=1
+	$(SYSTEM) --out_dir=out/systems/early_exit --phi=early_exit --K=1
+	$(SYSTEM) --out_dir=out/systems/share --phi=share --K=1 '--keep_A=[0,2]' '--keep_F=[0,2]' '--c_share=[0,0,1,1]'
+	@cd out/systems && echo && $(abspath $(PY)) ../../bench.py runs \
+	  --of=vanilla,mom_k2h6s,mom_k3h2s,mom_k3h1s,mom_same,moe,moe_share,mod,layer_skip,early_exit,share
 
 data/sotu_bytes/meta.json: $(VENV)/installed
 	$(PY) prepare.py --dataset=sotu --tokenizer=bytes

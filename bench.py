@@ -27,18 +27,25 @@ if not of:
 
 
 def read_run(folder):
-    """One row of the table: the run's shape, its first and last validation, its speed."""
+    """One row of the table: the run's shape, its first and last validation, its speed.
+
+    Active FLOPs per token are those of a forward pass (GPT.flops_per_token) with as many modules per token as the last
+    validation saw chosen.
+    """
     checkpoint = load_checkpoint(os.path.join(folder, 'last.pt'))
     cfg = MoMConfig(**checkpoint['model_config'])
     with torch.device('meta'):
-        n_params, n_router = GPT(cfg).num_params()
+        model = GPT(cfg)
+    n_params, n_router = model.num_params()
     with open(os.path.join(folder, 'log.csv'), newline='') as f:
         rows = list(csv.DictReader(f))
     val = [row for row in rows if row['val_loss']]
     speed = [float(row['tokens_per_s']) for row in rows if row['tokens_per_s']]
-    routed = f'K{cfg.K}H{cfg.H}{"S" * cfg.skip}' if max(cfg.sizes) > 1 else 'vanilla'
+    routed = 'vanilla' if cfg.vanilla else f'K{cfg.K}H{cfg.H}{"S" * cfg.skip}' if cfg.phi == 'mom' else cfg.phi
+    flops = model.flops_per_token(cfg.block_size, float(val[-1]['k_a']), float(val[-1]['k_f']))
     return {'run': os.path.basename(os.path.normpath(folder)), 'chunks': cfg.chunks, 'assembly': routed,
-            'depth': cfg.depth, 'parameters': n_params, 'in routers': n_router, 'steps': checkpoint['step'],
+            'depth': cfg.depth, 'parameters': n_params, 'in routers': n_router,
+            'active MFLOPs/token': round(flops / 1e6, 2), 'steps': checkpoint['step'],
             'bits/byte before': round(float(val[0]['val_bits_per_byte']), 3),
             'bits/byte after': round(float(val[-1]['val_bits_per_byte']), 3),
             'tokens/s': round(statistics.median(speed)) if speed else 0}

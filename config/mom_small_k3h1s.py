@@ -1,6 +1,6 @@
 # MoM_E-small, the efficient one of Table 1: gpt2 cut into modules, with fresh routers, 10k steps.
 #   torchrun --nproc_per_node=8 train.py config/mom_small_k3h1s.py
-# 128M parameters, 3.2M of them in routers; 3.8e+18 FLOPs if no token skips: 1 hours at 40% of the
+# 128M parameters, 3.2M of them in routers; 3.8e+18 FLOPs if no token skips: 1 hour at 40% of the
 # peak of 8 A100. To start from your own phase one: --init_from=out/gpt2_small
 
 out_dir = 'out/mom_small_k3h1s'

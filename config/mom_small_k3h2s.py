@@ -1,6 +1,6 @@
 # MoM_I-small, between the two of Table 1: gpt2 cut into modules, with fresh routers, 10k steps.
 #   torchrun --nproc_per_node=8 train.py config/mom_small_k3h2s.py
-# 128M parameters, 3.2M of them in routers; 5.4e+18 FLOPs if no token skips: 1 hours at 40% of the
+# 128M parameters, 3.2M of them in routers; 5.4e+18 FLOPs if no token skips: 1 hour at 40% of the
 # peak of 8 A100. To start from your own phase one: --init_from=out/gpt2_small
 
 out_dir = 'out/mom_small_k3h2s'
