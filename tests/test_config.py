@@ -37,7 +37,7 @@ def test_values_are_typed_and_later_ones_win(tmp_path):
     ('--max_step=3', "did you mean 'max_steps'"), ('--zzz=3', 'unknown setting'), ('--max_steps=1.5', 'takes int'),
     ('--max_steps=many', "takes int .* not str 'many'"), ('--skip=1', 'takes bool'), ('--betas=0.9', 'takes list'),
     ('--learning_rate=True', 'takes float'), ('--skip', '--key=value'), ('max_steps=3', 'neither a config file'),
-    ('config/mom_dema.py', 'did you mean config/mom_demo.py'), ('nowhere.py', 'config/ holds')])
+    ('config/mom_dema.py', 'did you mean config/mom_demo.py'), ('zzz.py', 'config/ holds')])
 def test_mistakes_name_the_fix(argument, message):
     with pytest.raises(ValueError, match=message):
         load(argument)

@@ -141,6 +141,42 @@ def test_vanilla_layers_become_each_system(system, tmp_path):
                                 keep_A=[], keep_F=[], N_F=0)
 
 
+def ddp_rank(rank, file, out):
+    """One of two gloo processes: the gradients of its half of the batch, averaged by DDP, for every system."""
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group('gloo', init_method=f'file://{file}', rank=rank, world_size=2)
+    got = {}
+    for system in SYSTEMS:
+        model = build(system).train()
+        idx = ddp_batch()[2 * rank:2 * rank + 2]
+        torch.nn.parallel.DistributedDataParallel(model)(idx, idx)[1].backward()
+        got[system] = {name: p.grad for name, p in model.named_parameters()}
+    if rank == 0:
+        torch.save(got, out)
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def ddp_batch():
+    return torch.randint(0, 50, (4, 12), generator=torch.Generator().manual_seed(4))
+
+
+def test_two_processes_give_the_gradients_of_one(tmp_path):
+    torch.multiprocessing.spawn(ddp_rank, (str(tmp_path / 'meet'), str(tmp_path / 'grads.pt')), nprocs=2)
+    got = torch.load(tmp_path / 'grads.pt', weights_only=True)
+    unused = 0
+    for system in SYSTEMS:
+        model = build(system).train()
+        idx = ddp_batch()
+        model(idx, idx)[1].backward()
+        for name, p in model.named_parameters():
+            assert (got[system][name] - p.grad).abs().max() <= 1e-12 * max(1, p.grad.abs().max()), (system, name)
+        for half in (idx[:2], idx[2:]):  # are there modules that no token of a process chose?
+            for d in itertools.chain(*model.features(half)[1]):
+                unused += d.N - len(d.ids[d.ids < d.N].unique())
+    assert unused > 0
+
+
 # ----------------------------------------------------------------------------- share
 
 def test_share_equals_a_gpt2_whose_layers_are_the_same_objects(tmp_path):

@@ -135,6 +135,40 @@ def test_stopped_and_resumed_equals_undisturbed_bit_for_bit(text, phase_one, pha
     assert log(whole) == log(tmp_path / 'run')
 
 
+SYSTEMS = {'layer_skip': ['--phi=layer_skip', '--K=1'], 'early_exit': ['--phi=early_exit', '--K=1'],
+           'share': ['--phi=share', '--K=1', '--c_share=[1,0,1]'], 'tied': ['--tied=True', '--keep_F=[1]'],
+           'moe': ['--phi=moe', '--chunks=1-1-1-1', '--router=linear', '--router_weights=softmax', '--skip=False'],
+           'moe_share': ['--phi=moe_share', '--balance=0.01'],
+           'mod': ['--phi=mod', '--chunks=1-1-1-1', '--K=1', '--router=linear', '--capacity=0.25']}
+
+
+@pytest.mark.parametrize('system', SYSTEMS)
+def test_every_system_trains_stops_resumes_and_speaks(system, text, phase_one, tmp_path):
+    args = [*TINY, *MOM, *SYSTEMS[system], f'--data_dir={text}', f'--init_from={phase_one}', '--max_steps=24',
+            '--eval_every=12']
+    whole, broken = tmp_path / 'whole', tmp_path / 'broken'
+    run(*args, f'--out_dir={whole}')
+    val = [float(row['val_loss']) for row in log(whole) if row['val_loss']]
+    assert len(val) == 3 and val[-1] < val[0]
+    process = subprocess.Popen(command('train.py', *args, f'--out_dir={broken}'), cwd=config.ROOT, env=ENV,
+                               stdout=subprocess.PIPE, text=True)
+    for line in process.stdout:
+        if line.startswith('2/24 | loss'):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stdout.read()
+    assert process.wait() == 0 and '--init_from=resume' in rest, rest
+    assert 2 <= last(broken)['step'] < 24
+    run(f'--out_dir={broken}', '--init_from=resume')
+    for key in ('model', 'optimizer', 'rng'):
+        assert equal(last(whole)[key], last(broken)[key]), key
+    assert log(whole) == log(broken)
+    spoken = run(f'--source={whole}', '--prompt=The state', '--max_new_tokens=40', '--device=cpu', script='sample.py')
+    assert len(spoken) > 40
+    row, = json.loads(run('runs', f'--of={whole}', script='bench.py').splitlines()[-1])['runs']
+    assert row['assembly'] == {'tied': 'K2H2S'}.get(system, system) and row['steps'] == 24
+
+
 def test_evaluation_changes_no_training_step(text, phase_one, tmp_path):
     run(*TINY, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}', '--eval_every=7', '--eval_tokens=320')
     assert equal(last(phase_one)['model'], last(tmp_path / 'run')['model'])
