@@ -149,7 +149,8 @@ def ddp_rank(rank, file, out):
     for system in SYSTEMS:
         model = build(system).train()
         idx = ddp_batch()[2 * rank:2 * rank + 2]
-        torch.nn.parallel.DistributedDataParallel(model)(idx, idx)[1].backward()
+        parallel = torch.nn.parallel.DistributedDataParallel(model)
+        parallel(idx, idx)[1].backward()
         got[system] = {name: p.grad for name, p in model.named_parameters()}
     if rank == 0:
         torch.save(got, out)
