@@ -22,7 +22,9 @@ import safetensors.torch
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
+MOST_SUBSETS = 40  # up to here q, k, v are merged: all K of N = 4, K2S of N = 6 (21) and of N = 8 (36)
 PHI = ('mom', 'layer_skip', 'early_exit', 'share', 'moe', 'moe_share', 'mod')
 Shape = namedtuple('Shape', 'phi H N_A N_F layers_A layers_F')  # of one chunk; see MoMConfig.shapes
 
@@ -156,22 +158,21 @@ class MoMConfig:
 
 Attention = namedtuple('Attention', 'ln_w ln_b qkv_w qkv_b out_w out_b')
 FeedForward = namedtuple('FeedForward', 'ln_w ln_b fc_w fc_b proj_w proj_b')
+Merged = namedtuple('Merged', 'qkv_w qkv_b')  # q, k, v of several attention modules, summed
 
 
 class Pool(nn.Module):
-    """The modules of one kind of a chunk. Weights are stored (in, out), as GPT-2's, and used as x @ W + b."""
+    """The N modules of one kind of a chunk. Weights are stored (in, out), as GPT-2's, and used as x @ W + b."""
 
     def __init__(self, kind, stored, N, *shapes):
         super().__init__()
-        self.kind, self.times = kind, N // stored  # tied modules are stored once
+        self.kind, self.N = kind, N
         for name, shape in zip(kind._fields, shapes):
             self.register_parameter(name, nn.Parameter(torch.empty(stored, *shape)))
 
-    def unbind(self):
-        """The N modules. Once per forward pass: the backward of an unbind is one stack, in which a module that no
-        token chose has zeros, so every parameter always gets a gradient. Data parallelism needs that."""
-        stacks = (getattr(self, name).unbind(0) for name in self.kind._fields)
-        return [self.kind(*one) for one in zip(*stacks)] * self.times
+    def stack(self):
+        """All modules as one: a named tuple of (N, ...). Tied modules are stored once and expanded."""
+        return self.kind(*(getattr(self, f).expand(self.N, *getattr(self, f).shape[1:]) for f in self.kind._fields))
 
 
 def attention_pool(stored, N, C):
@@ -182,21 +183,38 @@ def ffn_pool(stored, N, C):
     return Pool(FeedForward, stored, N, (C,), (C,), (C, 4 * C), (4 * C,), (4 * C, C), (C,))
 
 
-def norm(m, x):  # each module has its own LayerNorm ("Add & Norm" belongs to the module)
-    return F.layer_norm(x, x.shape[-1:], m.ln_w, m.ln_b, eps=1e-5)
+# What modules do to rows x. m is one module; or, with a plan (see sort_rows), a stack of them, each for its own rows.
+
+def norm(m, x, plan=None):  # each module has its own LayerNorm ("Add & Norm" belongs to the module)
+    if plan is None:
+        return F.layer_norm(x, x.shape[-1:], m.ln_w, m.ln_b, eps=1e-5)
+    return F.layer_norm(x, x.shape[-1:], eps=1e-5) * m.ln_w[plan.group] + m.ln_b[plan.group]
 
 
-def qkv_in(m, x):  # (M, C) -> (M, 3C): the q, k and v that attention module m makes
-    return torch.addmm(m.qkv_b, norm(m, x), m.qkv_w)
+def linear(x, w, b, plan=None):
+    if plan is None:
+        return torch.addmm(b, x, w)
+    # F.grouped_mm leaves the rows past its last group uninitialised, in its output and in the gradient of its input,
+    # and 0 * nan is nan: they are masked on both sides, never multiplied by 0.
+    y = F.grouped_mm(x.to(w.dtype).masked_fill(plan.idle, 0), w, offs=plan.ends)
+    return (y + b[plan.group]).masked_fill(plan.idle, 0)
 
 
-def attn_out(m, a):  # (M, C) -> (M, C)
-    return torch.addmm(m.out_b, a, m.out_w)
+def qkv_in(m, x, plan=None):  # (M, C) -> (M, 3C): the q, k and v that attention module m makes
+    return linear(norm(m, x, plan), m.qkv_w, m.qkv_b, plan)
 
 
-def ffn(m, u):  # (M, C) -> (M, C). GPT-2's GELU is the tanh form; erf differs by up to 5e-4
-    hidden = F.gelu(torch.addmm(m.fc_b, norm(m, u), m.fc_w), approximate='tanh')
-    return torch.addmm(m.proj_b, hidden, m.proj_w)
+def qkv_merged(m, x, plan=None):  # (M, C), normalised -> (M, 3C): the sum of the q, k, v of a subset of modules
+    return linear(x, m.qkv_w, m.qkv_b, plan)
+
+
+def attn_out(m, a, plan=None):  # (M, C) -> (M, C)
+    return linear(a, m.out_w, m.out_b, plan)
+
+
+def ffn(m, u, plan=None):  # (M, C) -> (M, C). GPT-2's GELU is the tanh form; erf differs by up to 5e-4
+    hidden = F.gelu(linear(norm(m, u, plan), m.fc_w, m.fc_b, plan), approximate='tanh')
+    return linear(hidden, m.proj_w, m.proj_b, plan)
 
 
 # ----------------------------------------------------------------------------- router
@@ -253,47 +271,93 @@ def balance_loss(r, ids, tau):
 
 
 # ----------------------------------------------------------------------------- assembly
+# Rows that take the same module are put side by side, so that each module is one matrix product over all of its rows.
 
 # What a router decided for M tokens at one step. kind: 'A' attention, 'F' feed-forward, 'T' which tokens (MoD).
-# ids (M, K), where N is SKIP; weights (M, K); groups: ids sorted by module; aux: a loss to train with, or None.
-Decision = namedtuple('Decision', 'kind step N ids weights groups aux')
+# ids (M, K), where N is SKIP; weights (M, K); plan: how the M*K assignments sort by module; aux: a loss to train with.
+Decision = namedtuple('Decision', 'kind step N ids weights plan aux')
+# R rows sorted by group. order (R,): sorted row -> row; inverse: row -> sorted row. Then either sizes, a list: the rows
+# of each group, and last those of no group; or, if only the device knows them, the group of each sorted row (R,), where
+# each group ends (G,), and which sorted rows are in no group (R, 1).
+Plan = namedtuple('Plan', 'order inverse sizes group ends idle')
 
 
-def group_by_module(ids, N):
-    """Sort the M*K assignments by module. ids (M, K) -> for each of N modules, its (tokens, slots), SKIP dropped."""
-    K = ids.size(1)
-    order = ids.flatten().argsort(stable=True)                # assignment = token * K + slot; SKIP (id N) sorts last
-    counts = ids.flatten().bincount(minlength=N + 1).tolist()
-    return [(a // K, a % K) for a in order.split(counts)[:N]]
+def grouped_dtype(x):
+    """The type in which F.grouped_mm shall multiply all groups at once, or None for one product per group. The former
+    never waits for the device to say how large the groups are, and is fast in bf16 on CUDA only."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return dtype if kind == 'cuda' and dtype == torch.bfloat16 else None
 
 
-def assemble(module, pool, x, route, weighted):
-    """Sum over each token's own selection: sum_k module_k(x), or sum_k r_k * module_k(x) if weighted.
+def sort_rows(group, G, on_device):
+    """Sort rows by group (R,) int64, where G stands for no group -> Plan. on_device: leave the sizes there."""
+    order = group.argsort(stable=True)
+    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+    sizes = (group == torch.arange(G, device=group.device).unsqueeze(1)).sum(1)
+    if on_device:
+        group = group[order]
+        return Plan(order, inverse, None, group.clamp(max=G - 1), sizes.cumsum(0).int(), (group == G).unsqueeze(1))
+    sizes = sizes.tolist()
+    return Plan(order, inverse, [*sizes, len(order) - sum(sizes)], None, None, None)
 
-    module: qkv_in, attn_out or ffn; pool: its N modules; x (M, C); route: a Decision, or the number of the one module
-    that all tokens take with weight 1. A token that selected only SKIP gets zeros.
+
+def by_group(fn, pool, x, plan, width):
+    """fn(module, rows) of every group: x (R, in), in the sorted order of `plan` -> (R, width), in the same order.
+    Rows of no group give zeros."""
+    modules, stack = pool
+    if plan.sizes is None:
+        return fn(stack, x, plan)
+    *parts, idle = x.split(plan.sizes)
+    # In training a module that no token chose still multiplies its zero rows: its gradient is zero, not missing.
+    y = [fn(m, rows) for m, rows in zip(modules, parts) if len(rows) or torch.is_grad_enabled()]
+    if len(idle):
+        y.append(torch.zeros(len(idle), width, dtype=y[0].dtype if y else x.dtype, device=x.device))
+    return y[0] if len(y) == 1 else torch.cat(y)
+
+
+def assemble(fn, pool, x, d, weighted):
+    """Sum over each token's own selection: sum_k fn(module_k, x), or sum_k r_k * fn(module_k, x) if weighted.
+
+    fn: qkv_in, attn_out or ffn; pool: its modules; x (M, in); d: the Decision, or the number of the one module that
+    all tokens take with weight 1. A token that selected only SKIP gets zeros.
     """
-    if isinstance(route, int):
-        return module(pool[route], x)
-    out = None
-    for m, (token, slot) in zip(pool, route.groups):  # each module once, with all of its tokens, or none of them
-        y = module(m, x.index_select(0, token))
-        if weighted:
-            y = y * route.weights[token, slot].unsqueeze(1).to(y.dtype)
-        if out is None:
-            out = y.new_zeros(x.size(0), y.size(1))
-        out.index_add_(0, token, y)
-    return out
+    modules, _ = pool
+    if isinstance(d, int):
+        return fn(modules[d], x)
+    if d.plan is None:  # every token takes every module: nothing to sort
+        weights = torch.zeros_like(d.weights).scatter(1, d.ids, d.weights)  # in the order of the modules
+        y = [fn(m, x) for m in modules]
+        return sum(one * weights[:, i:i + 1].to(one.dtype) if weighted else one for i, one in enumerate(y))
+    K = d.ids.size(1)
+    y = by_group(fn, pool, x.index_select(0, d.plan.order // K), d.plan, 3 * x.size(1) if fn is qkv_in else x.size(1))
+    y = y.index_select(0, d.plan.inverse).view(len(x), K, -1)
+    return (y * d.weights.unsqueeze(-1).to(y.dtype) if weighted else y).sum(1)
+
+
+def subsets(N, K, skip):
+    """All sets of modules that K picks of N modules (and SKIP) can leave: K of them, or K - 1 beside SKIP."""
+    return [c for k in sorted({min(K, N), K - skip}) for c in itertools.combinations(range(N), k)]
+
+
+def merge(m, incidence):
+    """The q, k, v of subsets of modules as one matrix each. Eq. 5 adds them up without weights, so with
+    x^ = (x - mean) / std, sum_k (LN_k(x) W_k + b_k) = x^ (sum_k diag(g_k) W_k) + sum_k (c_k W_k + b_k), where g_k, c_k
+    are gain and bias of LN_k. m: a stack of N attention modules; incidence (S, N) of 0 and 1 -> a stack of S."""
+    with torch.autocast(m.qkv_w.device.type, enabled=False):
+        w = m.ln_w.unsqueeze(-1) * m.qkv_w                                    # (N, C, 3C)
+        b = m.qkv_b + (m.ln_b.unsqueeze(1) @ m.qkv_w).squeeze(1)
+        return Merged((incidence @ w.flatten(1)).view(-1, *w.shape[1:]), incidence @ b)
 
 
 def attend(qkv, n_head, B, cache=None, step=0, count=None):
     """Causal softmax attention of Eq. 5 over assembled q, k, v. (M, 3C) -> (M, C); M is B sequences of T."""
     M, C = qkv.size(0), qkv.size(1) // 3
     q, k, v = qkv.view(B, M // B, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
-    mask = None
+    mask, causal = None, True
     if cache is not None:
-        k, v, mask = cache.extend(step, k, v, count)
-    a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=cache is None)
+        k, v, mask, causal = cache.extend(step, k, v, count)
+    a = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     return a.transpose(1, 2).reshape(M, C)
 
 
@@ -323,6 +387,15 @@ class Chunk(nn.Module):
         self.router_f = None if self.fixed_F else Router(cfg, shape.N_F + cfg.skip, shape.H)
         self.router_t = Router(cfg, 1, 1) if self.phi == 'mod' else None
         self.predictor = nn.Sequential(nn.Linear(C, R), nn.GELU(), nn.Linear(R, 1)) if self.phi == 'mod' else None
+        self.S, K = 0, min(cfg.K, shape.N_A + cfg.skip)
+        if self.router_a and K > 1 and shape.N_A <= 16 and len(subsets(shape.N_A, K, cfg.skip)) <= MOST_SUBSETS:
+            sets = subsets(shape.N_A, K, cfg.skip)
+            self.S = len(sets)
+            table = torch.full((2 ** shape.N_A,), self.S)           # a set, as bits -> its number
+            table[[sum(2 ** i for i in one) for one in sets]] = torch.arange(self.S)
+            self.register_buffer('subset', table, persistent=False)
+            self.register_buffer('incidence', torch.tensor([[float(i in one) for i in range(shape.N_A)]
+                                                            for one in sets]), persistent=False)
 
     def choose(self, kind, x, h, state):
         """phi (Eq. 3): what step h applies to x (M, C), of attention (kind 'A') or feed-forward ('F').
@@ -348,25 +421,57 @@ class Chunk(nn.Module):
         if self.phi == 'early_exit':
             state['gone'] = (ids == N) | state.get('gone', False)
             ids = ids.masked_fill(state['gone'], N)
-        return Decision(kind, h, N, ids, weights, group_by_module(ids, N), aux)
+        everything = ids.size(1) == N + self.cfg.skip
+        plan = None if everything else sort_rows(ids.flatten(), N, grouped_dtype(x) is not None)
+        return Decision(kind, h, N, ids, weights, plan, aux)
+
+    def pools(self, x, keep=False):
+        """The modules as one forward pass over x (M, C) uses them: attention; q, k, v merged by subset, or None;
+        feed-forward. Each is a list of modules and, if F.grouped_mm is to take them, one stack in its type.
+
+        keep: they will be used again and again without gradients, so merging always pays, and the layout matters.
+        """
+        stacks = [self.attn.stack(), None, self.ffn.stack()]
+        K = min(self.cfg.K, self.N_A + self.cfg.skip)
+        # Merging writes S matrices once; each step then multiplies every token by one matrix, not K.
+        if self.S and (keep or len(x) * self.H * (K - 1) >= 256 * self.S):
+            stacks[1] = merge(stacks[0], self.incidence.to(self.attn.qkv_w.dtype))
+        # Once per forward pass: the backward of unbind is one stack, with zeros for a module that no token chose.
+        modules = [one and [type(one)(*m) for m in zip(*(p.unbind(0) for p in one))] for one in stacks]
+        dtype = grouped_dtype(x)
+        if dtype is not None:
+            stacks = [one and type(one)(*(p if 'ln' in f else p.to(dtype) for f, p in zip(one._fields, one)))
+                      for one in stacks]
+        return [one and (one, stack) for one, stack in zip(modules, stacks)]
+
+    def qkv(self, attn, merged, x, d):
+        """The sums inside Eq. 5, which are unweighted: x (M, C) -> (M, 3C)."""
+        if merged is None or isinstance(d, int):
+            return assemble(qkv_in, attn, x, d, weighted=False)
+        x = F.layer_norm(x, x.shape[-1:], eps=1e-5)
+        if self.S == 1:
+            return qkv_merged(merged[0][0], x)
+        bits = (1 << d.ids).masked_fill(d.ids == d.N, 0).sum(1)
+        plan = sort_rows(self.subset[bits], self.S, grouped_dtype(x) is not None)
+        return by_group(qkv_merged, merged, x.index_select(0, plan.order), plan, 3 * x.size(1))[plan.inverse]
 
     def steps(self, x, cache=None, first_step=0, count=None):
         """Eq. 4, H times: x (B, T, C) -> (B, T, C) and the routers' Decisions."""
         B, T, C = x.shape
         x = x.reshape(B * T, C)
-        attns, ffns, state, decisions = self.attn.unbind(), self.ffn.unbind(), {}, []
+        attn, merged, ffns = cache.pools(self, x, first_step) if cache else self.pools(x)
+        state, decisions = {}, []
         for h in range(self.H):
-            route = self.choose('A', x, h, state)
-            qkv = assemble(qkv_in, attns, x, route, weighted=False)     # the sums inside Eq. 5 are unweighted
-            a = attend(qkv, self.cfg.n_head, B, cache, first_step + h, count)
-            x = x + assemble(attn_out, attns, a, route, weighted=True)  # u = x + F^A(x)
-            decisions.append(route)
-            route = self.choose('F', x, h, state)
-            x = x + assemble(ffn, ffns, x, route, weighted=True)        # x = u + F^F(u), Eq. 6
-            decisions.append(route)
+            d = self.choose('A', x, h, state)
+            a = attend(self.qkv(attn, merged, x, d), self.cfg.n_head, B, cache, first_step + h, count)
+            x = x + assemble(attn_out, attn, a, d, weighted=True)  # u = x + F^A(x)
+            decisions.append(d)
+            d = self.choose('F', x, h, state)
+            x = x + assemble(ffn, ffns, x, d, weighted=True)       # x = u + F^F(u), Eq. 6
+            decisions.append(d)
         return x.view(B, T, C), [d for d in decisions if isinstance(d, Decision)]
 
-    def on_chosen_tokens(self, x, cache=None, first_step=0):
+    def on_chosen_tokens(self, x, cache=None, first_step=0, count=None):
         """Mixture-of-depths (Raposo et al. 2024): the block sees some tokens of a sequence, the others pass by.
 
         In training the tokens are those with the highest scores, `capacity` of the sequence. That looks at the
@@ -375,13 +480,15 @@ class Chunk(nn.Module):
         """
         B, T, C = x.shape
         score, _ = self.router_t(x, None, 0)                                       # (B, T, 1)
-        member = self.predictor(x.detach()).squeeze(-1)                            # (B, T), a logit
+        member = self.predictor(x.detach().to(score.dtype)).squeeze(-1)            # (B, T), a logit
         if self.training:
             best = score.squeeze(-1).topk(max(1, round(self.cfg.capacity * T)), dim=1).indices
             chosen = torch.zeros_like(member, dtype=torch.bool).scatter(1, best, True)
             aux, longest = F.binary_cross_entropy_with_logits(member, chosen.to(member.dtype)), best.size(1)
         else:
             chosen, aux = member > 0, None
+            if count is not None:  # what stands after the count-th token of a sequence is padding
+                chosen = chosen & (torch.arange(T, device=x.device) < count.unsqueeze(1))
             longest = max(1, int(chosen.sum(1).max()))
         # The chosen ones of each sequence in their order, then some others to fill the rows: as they come last,
         # no chosen token attends to them, and what they get is dropped.
@@ -393,36 +500,74 @@ class Chunk(nn.Module):
         ids = 1 - chosen.int().view(-1, 1)                                         # 0 the block, 1 SKIP
         return x, [Decision('T', 0, 1, ids, score.view(-1, 1), None, aux)]
 
-    def forward(self, x, cache=None, first_step=0):
-        """x (B, T, C) -> (B, T, C) and Decisions. first_step: the number of this chunk's first step in the cache."""
-        return (self.on_chosen_tokens if self.phi == 'mod' else self.steps)(x, cache, first_step)
+    def forward(self, x, cache=None, first_step=0, count=None):
+        """x (B, T, C) -> (B, T, C) and Decisions. first_step: the number of this chunk's first step in the cache;
+        count (B,): how many of the T tokens are real, if the sequences are not equally long."""
+        return (self.on_chosen_tokens if self.phi == 'mod' else self.steps)(x, cache, first_step, count)
 
 
 class Cache:
-    """Keys and values of the tokens so far, one K and one V per executed step, whatever its K modules."""
+    """What generation keeps: one K and one V per token and executed step, whatever its K modules; merged matrices."""
 
-    def __init__(self, cfg, B, device, dtype):
-        shape = cfg.depth, B, cfg.n_head, cfg.block_size, cfg.n_embd // cfg.n_head
-        self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for _ in 'kv')
-        self.used = torch.zeros(cfg.depth, B, dtype=torch.int64, device=device)  # entries of each step and sequence
-        self.length = 0  # tokens seen; GPT moves it on after all chunks have run
+    def __init__(self, cfg, B, device, dtype, size=None):
+        """size: most tokens of a sequence (block_size if None)."""
+        shape = B, cfg.n_head, size or cfg.block_size, cfg.n_embd // cfg.n_head
+        # zeros: what a mask hides is multiplied by 0 all the same, and 0 * nan is nan
+        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.depth)] for _ in 'kv')
+        self.used = torch.zeros(cfg.depth, B, dtype=torch.int64, device=device)  # entries, where sequences differ
+        self.length = 0  # tokens of the longest sequence; GPT moves it on after all chunks have run
+        self.ready = {}
+
+    def pools(self, chunk, x, first_step):
+        """Chunk.pools, once for all tokens, in the layout from which the CPU reads a matrix fastest to multiply it with
+        one row: (in, out) in fp32, (out, in) in bf16."""
+        if first_step not in self.ready:
+            pools = chunk.pools(x, keep=True)
+            if x.device.type == 'cpu' and chunk.attn.qkv_w.dtype == torch.bfloat16:
+                pools = [one and ([type(m)(*(p.t().contiguous().t() if p.ndim == 2 else p for p in m)) for m in one[0]],
+                                  None) for one in pools]
+            self.ready[first_step] = pools
+        return self.ready[first_step]
 
     def extend(self, step, k, v, count=None):
-        """Append k, v (B, nh, T, hs) of the new tokens, or of the first count (B,) of them in each sequence.
+        """Append k, v (B, nh, T, hs) of the new tokens; or, where sequences differ, of the first count (B,) of each.
 
-        Returns all keys and values, (B, nh, S, hs), and which of them each new token sees, (B, 1, T, S).
+        Returns all keys and values (B, nh, S, hs), a mask of who sees whom (B, 1, T, S) or None, and whether it is
+        the plain causal one instead.
         """
-        B, nh, T, hs = k.shape
-        S = self.length + T if count is None else int(self.used[step].max()) + T
-        slots = self.used[step].unsqueeze(1) + torch.arange(T, device=k.device)  # (B, T)
-        for mine, new in ((self.k, k), (self.v, v)):
-            mine[step].scatter_(2, slots.view(B, 1, T, 1).expand(-1, nh, -1, hs), new)
-        self.used[step] += T if count is None else count
-        mask = torch.arange(S, device=k.device) <= slots.view(B, 1, T, 1)
-        return self.k[step, :, :, :S], self.v[step, :, :, :S], mask
+        T, S = k.size(2), self.length + k.size(2)
+        if count is None:
+            self.k[step][:, :, self.length:S], self.v[step][:, :, self.length:S] = k, v
+            mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=k.device).tril(S - T)
+            return self.k[step][:, :, :S], self.v[step][:, :, :S], mask, T == S > 1
+        slots = self.used[step].view(-1, 1, 1, 1) + torch.arange(T, device=k.device).view(1, 1, T, 1)
+        for mine, new in ((self.k[step], k), (self.v[step], v)):
+            mine.scatter_(2, slots.expand_as(new), new)
+        self.used[step] += count  # entries after the count-th are padding, which the next tokens overwrite
+        mask = torch.arange(S, device=k.device) <= slots
+        return self.k[step][:, :, :S], self.v[step][:, :, :S], mask, False
+
+    def reorder(self, rows):  # sequence b becomes what sequence rows[b] was
+        self.k, self.v = ([t.index_select(0, rows) for t in side] for side in (self.k, self.v))
+        self.used = self.used[:, rows]
 
 
 # ----------------------------------------------------------------------------- the model
+
+def pick(logits, temperature, top_k, top_p):
+    """logits (B, V) -> one token of each row (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    if top_k is not None:
+        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
+        logits = logits.masked_fill(logits < kth, -math.inf)
+    p = (logits / temperature).softmax(-1)
+    if top_p is not None:
+        ranked, ids = p.sort(descending=True)
+        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # what stands before it already holds the share
+        p = torch.zeros_like(p).scatter(1, ids, ranked)
+    return p.multinomial(1).squeeze(1)
+
 
 class GPT(nn.Module):
     """GPT-2, vanilla or assembled, with its head tied to the token embedding."""
@@ -430,6 +575,7 @@ class GPT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
+        self.checkpointing = False  # True: keep only the inputs of chunks for the backward pass, compute the rest again
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd)
         self.chunks = nn.ModuleList(Chunk(cfg, shape) for shape in cfg.shapes)
@@ -457,20 +603,28 @@ class GPT(nn.Module):
                     deep = name in ('out_w', 'proj_w')
                     nn.init.normal_(p, std=std / math.sqrt(2 * self.cfg.depth) if deep else std)
 
-    def features(self, idx, cache=None):
+    def features(self, idx, cache=None, count=None):
         """Token ids (B, T) -> what the head sees, (B, T, C), after the final LayerNorm, and each chunk's Decisions.
 
-        With a cache, idx holds the tokens that follow those already in it.
+        With a cache, idx holds the tokens that follow those already in it; count (B,) says how many of each row are
+        real if the sequences differ in length, and has to be given from the first call on then.
         Raises ValueError if the sequence is longer than block_size.
         """
         start = 0 if cache is None else cache.length
         end = start + idx.size(1)
         if end > self.cfg.block_size:
             raise ValueError(f'a sequence of {end} tokens is longer than block_size={self.cfg.block_size}: cut it')
-        x = self.wte(idx) + self.wpe(torch.arange(start, end, device=idx.device))
+        at = torch.arange(start, end, device=idx.device)
+        if count is not None:  # each row goes on where its own tokens end
+            at = (cache.tokens.unsqueeze(1) + at - start).clamp(max=self.cfg.block_size - 1)
+            cache.tokens = cache.tokens + count
+        x = self.wte(idx) + self.wpe(at)
         step, decisions = 0, []
         for chunk in self.chunks:
-            x, decided = chunk(x, cache, step)
+            if self.checkpointing and torch.is_grad_enabled() and cache is None:
+                x, decided = checkpoint(chunk, x, use_reentrant=False)
+            else:
+                x, decided = chunk(x, cache, step, count)
             decisions.append(decided)
             step += chunk.H
         if cache is not None:
@@ -478,67 +632,157 @@ class GPT(nn.Module):
         return self.ln_f(x), decisions
 
     def loss(self, x, targets):
-        """Features (B, T, C), targets (B, T) int64 -> logits (B, T, V) and their mean cross-entropy in nats per token.
-        A target of -100 counts for nothing."""
-        logits = F.linear(x, self.wte.weight)
-        return logits, F.cross_entropy(logits.float().view(-1, logits.size(-1)), targets.reshape(-1))
+        """Features (B, T, C), targets (B, T) int64 -> mean cross-entropy in nats per token; a target of -100 counts for
+        nothing. Logits exist for a part of the tokens at a time, at most 2^25 of them."""
+        x, targets = x.flatten(0, 1), targets.flatten()
+        rows = max(1, 2 ** 25 // self.cfg.vocab_size)
+        if len(x) <= rows:
+            return F.cross_entropy(F.linear(x, self.wte.weight).float(), targets)
 
-    def forward(self, idx, targets=None):
+        def part(x, targets):
+            return F.cross_entropy(F.linear(x, self.wte.weight).float(), targets, reduction='sum')
+        sums = (checkpoint(part, x, t, use_reentrant=False) if torch.is_grad_enabled() else part(x, t)
+                for x, t in zip(x.split(rows), targets.split(rows)))
+        return sum(sums) / (targets != -100).sum()
+
+    def forward(self, idx, targets=None, want_logits=True):
         """idx (B, T) int64 -> logits (B, T, V) and the mean cross-entropy in nats per token (None without targets).
 
-        targets (B, T) int64; -100 counts for nothing. In training mode the auxiliary losses (`balance`, the predictor
-        of MoD) add their gradients to the loss, not their values: what is printed stays the cross-entropy.
+        targets (B, T) int64; -100 counts for nothing. want_logits=False gives None for them, and saves their memory.
+        In training mode the auxiliary losses (`balance`, the predictor of MoD) add their gradients to the loss, not
+        their values: what is printed stays the cross-entropy.
         """
         x, decisions = self.features(idx)
+        logits = F.linear(x, self.wte.weight) if want_logits else None
         if targets is None:
-            return F.linear(x, self.wte.weight), None
-        logits, loss = self.loss(x, targets)
+            return logits, None
+        loss = (F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()) if want_logits else
+                self.loss(x, targets))
         for decision in itertools.chain(*decisions):
             if decision.aux is not None:
                 loss = loss + (decision.aux - decision.aux.detach())
         return logits, loss
 
-    @torch.inference_mode()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None):
-        """Continue idx (B, T) by max_new_tokens sampled tokens -> (B, T + max_new_tokens).
+    @torch.no_grad()
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, beams=1, stop=None, lengths=None):
+        """Continue each row of idx (B, T) by max_new_tokens tokens -> (B, T + max_new_tokens), or fewer if all stopped.
 
-        temperature 0 is greedy; top_k keeps the k likeliest tokens. Keys and values are cached. Positions are
-        learned ones, so a text longer than block_size slides: each further token sees the last block_size
-        tokens afresh, without cache.
+        temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the likeliest that hold this share of the
+        probability. beams > 1 searches for the sequence of highest mean log-probability instead. A row that has
+        produced the token `stop` is finished. lengths (B,): prompts of different lengths, padded on the right; the new
+        tokens of a row follow its prompt at once, and the rest of a row is filled with `stop` (0 without one).
+        Keys and values are cached. Positions are learned, so a text longer than block_size slides: each further token
+        sees the last block_size tokens afresh. That is for equally long rows without beams; ValueError for the others.
         """
-        if temperature < 0 or (top_k is not None and top_k < 1) or idx.size(1) < 1:
-            raise ValueError(f'temperature={temperature} must be >= 0, top_k={top_k} >= 1 or None, idx not empty')
-        training, cache = self.training, Cache(self.cfg, idx.size(0), idx.device, self.wte.weight.dtype)
+        B, T = idx.shape
+        if T < 1 or temperature < 0 or beams < 1 or top_k is not None and top_k < 1 or not 0 < (top_p or 1) <= 1:
+            raise ValueError(f'temperature={temperature} must be >= 0, top_k={top_k} >= 1 or None, top_p={top_p} above '
+                             f'0 and at most 1 or None, beams={beams} >= 1, and idx not empty')
+        size = T + max_new_tokens
+        if lengths is not None and not (len(lengths) == B and 1 <= lengths.min() and lengths.max() <= T):
+            raise ValueError(f'lengths={lengths.tolist()} must give each of the {B} rows a length of 1 to {T}')
+        if size > self.cfg.block_size and (lengths is not None or beams > 1):
+            raise ValueError(f'{T} + {max_new_tokens} tokens do not fit block_size={self.cfg.block_size}: shorten the '
+                             'prompts, or take fewer new tokens')
+        training = self.training
         self.eval()  # MoD must not look at the future
-        new = idx
-        for _ in range(max_new_tokens):
-            if idx.size(1) <= self.cfg.block_size:
-                x, _ = self.features(new, cache)
+        cache = Cache(self.cfg, B, idx.device, self.wte.weight.dtype, min(size, self.cfg.block_size))
+        if beams > 1 or lengths is not None:
+            ends = torch.full((B,), T, device=idx.device) if lengths is None else lengths.to(idx.device)
+            count, cache.tokens = ends, torch.zeros_like(ends)
+        else:
+            ends, count = torch.full((B,), T, device=idx.device), None
+        head = self.wte.weight.t()  # (C, V)
+        if idx.device.type == 'cpu' and head.dtype == torch.float32:
+            head = head.contiguous()  # as Cache.pools: the layout to multiply one row with
+        rows = torch.arange(B, device=idx.device)
+        out = torch.full((B, size), 0 if stop is None else stop, device=idx.device)
+        out[:, :T] = torch.where(torch.arange(T, device=idx.device) < ends.unsqueeze(1), idx, out[:, :T])
+        x = self.features(idx[:, -self.cfg.block_size:], cache if T <= self.cfg.block_size else None, count)[0]
+        x = x[rows, ends.clamp(max=x.size(1)) - 1]  # (B, C)
+        if beams > 1:
+            out = self.beam_search(x, head, cache, out, ends, max_new_tokens, beams, stop)
+            self.train(training)
+            return out
+        done = torch.zeros(B, dtype=torch.bool, device=idx.device)
+        for n in range(max_new_tokens):
+            new = pick((x @ head).float(), temperature, top_k, top_p)
+            if stop is not None:
+                new = new.masked_fill(done, stop)
+                done |= new == stop
+            out[rows, ends] = new
+            ends = ends + 1
+            if n == max_new_tokens - 1 or stop is not None and done.all():
+                break
+            if T + n < self.cfg.block_size:
+                x = self.features(new.unsqueeze(1), cache, None if count is None else torch.ones_like(ends))[0][:, -1]
             else:
-                x, _ = self.features(idx[:, -self.cfg.block_size:])
-            logits = F.linear(x[:, -1], self.wte.weight).float()  # (B, V)
-            if temperature == 0:
-                new = logits.argmax(-1, keepdim=True)
-            else:
-                if top_k is not None:
-                    kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-                    logits = logits.masked_fill(logits < kth, -math.inf)
-                new = (logits / temperature).softmax(-1).multinomial(1)
-            idx = torch.cat((idx, new), dim=1)
+                x = self.features(out[:, T + n + 1 - self.cfg.block_size:T + n + 1])[0][:, -1]
         self.train(training)
-        return idx
+        return out[:, :int(ends.max())]
+
+    def beam_search(self, x, head, cache, out, ends, max_new_tokens, beams, stop):
+        """The rest of generate(beams > 1): of each row the best finished sequence by mean log-probability.
+
+        A row ends when `beams` sequences are finished and none that still runs is better, as it stands, than the worst.
+        """
+        B, device = len(out), out.device
+        each = torch.arange(B, device=device)
+        many = each.repeat_interleave(beams)
+        cache.reorder(many)
+        cache.tokens = cache.tokens[many]
+        start = ends
+        texts = out.unsqueeze(1).repeat(1, beams, 1)                      # (B, beams, size), running
+        score = torch.full((B, beams), -math.inf, device=device)          # sums of log-probabilities
+        score[:, 0] = 0                                                   # all beams begin equal: let one speak
+        best = torch.full((B, beams), -math.inf, device=device)           # finished: means
+        kept, logp = texts.clone(), (x @ head).float().log_softmax(-1)
+        logp = logp[many].view(B, beams, -1)
+        for n in range(1, max_new_tokens + 1):
+            V = logp.size(-1)
+            top, flat = (score.unsqueeze(-1) + logp).flatten(1).topk(2 * beams)  # enough, should half of them end here
+            beam, token = flat // V, flat % V
+            grown = texts[each.unsqueeze(1), beam]                        # (B, 2 beams, size)
+            grown.scatter_(2, (start + n - 1).view(B, 1, 1).expand(-1, 2 * beams, 1), token.unsqueeze(-1))
+            over = torch.zeros_like(token, dtype=torch.bool) if stop is None else token == stop
+            first = torch.arange(2 * beams, device=device) < beams
+            if n == max_new_tokens:
+                over = over | first                                       # out of room: what runs is finished as it is
+            finished = (top / n).masked_fill(~(over & first), -math.inf)
+            open_row = (best.min(1).values < score.max(1).values / max(1, n - 1)) | (best.min(1).values == -math.inf)
+            finished = finished.masked_fill(~open_row.unsqueeze(1), -math.inf)
+            best, chosen = torch.cat((best, finished), 1).topk(beams)
+            kept = torch.cat((kept, grown), 1)[each.unsqueeze(1), chosen]
+            score, go = top.masked_fill(over, -math.inf).topk(beams)
+            texts = grown[each.unsqueeze(1), go]
+            if n == max_new_tokens or bool((best.min(1).values >= score[:, 0] / n).all()):
+                break
+            cache.reorder((each.unsqueeze(1) * beams + beam.gather(1, go)).flatten())
+            new = token.gather(1, go).view(-1, 1)
+            x = self.features(new, cache, torch.ones_like(cache.tokens))[0][:, -1]
+            logp = (x @ head).float().log_softmax(-1).view(B, beams, -1)
+        return kept[:, 0, :int(start.max()) + n]
+
+    def cast(self, dtype):
+        """All weights in dtype, for inference, except those of the routers, which stay as they are. Returns self."""
+        for name, p in self.named_parameters():
+            if '.router_' not in name and '.predictor.' not in name:
+                p.data = p.data.to(dtype)
+        return self
 
     def num_params(self):
         """(all parameters, those of the routers); the tied head counts once."""
         routers = [p for name, p in self.named_parameters() if '.router_' in name or '.predictor.' in name]
         return sum(p.numel() for p in self.parameters()), sum(p.numel() for p in routers)
 
-    def flops_per_token(self, T, k_a=None, k_f=None):
+    def flops_per_token(self, T, k_a=None, k_f=None, merged=False):
         """Forward FLOPs per token at length T: 2 per multiply-add, attention over the full T, head included.
 
         k_a, k_f: modules that a token takes, on average, of each attention and feed-forward decision of a router (K if
-        not given; SKIP costs nothing); under MoD, the share of the tokens that are chosen. Training costs three times
-        as much. LayerNorms, GELU and sums are not counted.
+        not given; SKIP costs nothing); under MoD, the share of the tokens that are chosen. merged: with q, k, v as this
+        code computes them, by one matrix a token where subsets are merged, not by the K that the method adds up (the
+        merging itself, which does not grow with the tokens, is left out). Training costs three times as much.
+        LayerNorms, GELU and sums are not counted.
         """
         C, R, total = self.cfg.n_embd, self.cfg.router_dim, 0
         for chunk in self.chunks:
@@ -555,7 +799,8 @@ class GPT(nn.Module):
                 a = f = self.cfg.capacity if k_a is None else k_a
                 seen = a * a * T
                 total += 2 * R * (C + 1)  # the predictor
-            total += chunk.H * ((8 * a + 16 * f) * C * C + 4 * seen * C)
+            qkv = 1 if merged and chunk.S else a
+            total += chunk.H * ((6 * qkv + 2 * a + 16 * f) * C * C + 4 * seen * C)
         return total + 2 * C * self.cfg.vocab_size
 
     def param_groups(self, weight_decay):

@@ -73,7 +73,8 @@ log_every = 1                        # steps between printed lines; log.csv has 
 # --- system
 device = 'auto'                      # 'auto', 'cpu', 'cuda'
 dtype = 'auto'                       # autocast: 'bfloat16', 'float16' or 'float32'; auto is bfloat16 on a GPU
-compile = False                      # torch.compile: all of a vanilla model, the vanilla chunks of another
+compile = False                      # torch.compile: the whole model; on the CPU a MoM's vanilla chunks only
+checkpointing = False                # keep the chunks' inputs only and compute the rest again: less memory, slower
 # ---
 settings, given = config.load(globals())
 
@@ -214,9 +215,10 @@ if not meta['vocab_size'] <= cfg.vocab_size < meta['vocab_size'] + 128:  # some 
                      'prepare the text with the tokenizer of the weights')
 raw.to(device)
 model = raw
-if compile and cfg.vanilla:
+raw.checkpointing = checkpointing
+if compile and (cfg.vanilla or device != 'cpu' and dtype == 'bfloat16'):
     model = torch.compile(raw)
-elif compile:  # sizes inside a routed chunk change with every batch: it stays eager, the others compile
+elif compile:  # without F.grouped_mm the sizes inside a routed chunk change with every batch: it stays eager
     for chunk in raw.chunks:
         if chunk.phi in ('vanilla', 'share'):
             chunk.compile()
@@ -251,7 +253,7 @@ def evaluate():
         x, y = sequences('val', mine[at:at + micro])
         with autocast:
             x, decisions = raw.features(x)
-            loss_sum += raw.loss(x, y)[1].item() * y.numel()
+            loss_sum += raw.loss(x, y).item() * y.numel()
         for decision in itertools.chain(*decisions):
             for kind in 'AF' if decision.kind == 'T' else decision.kind:  # MoD sends a token through both or neither
                 picks[kind] += (decision.ids < decision.N).sum().item()
@@ -363,7 +365,7 @@ while True:
         last_micro = (i + 1) * micro == per_rank
         with nullcontext() if world == 1 or last_micro else model.no_sync():  # gradients are reduced once a step
             with autocast:
-                loss = model(x, y)[1] * micro / per_rank
+                loss = model(x, y, want_logits=False)[1] * micro / per_rank
             scaler.scale(loss).backward()
         loss_sum += loss.detach()
     scaler.unscale_(optimizer)

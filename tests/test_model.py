@@ -1,5 +1,6 @@
 """model.py against independent oracles: transformers' GPT-2, the dense MoM of dense.py, counted FLOPs."""
 import itertools
+from functools import partial
 
 import dense
 import pytest
@@ -7,7 +8,7 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from model import GPT, Cache, MoMConfig, group_by_module, load_checkpoint
+from model import GPT, MoMConfig, load_checkpoint, sort_rows
 
 transformers.logging.set_verbosity_error()
 SIZES = {'gpt2': (768, 12, 12, 124_439_808), 'gpt2-medium': (1024, 24, 16, 354_823_168),
@@ -185,10 +186,14 @@ def test_empty_modules_and_tokens_that_skip_everything():
     assert (logits - want).abs().max() < 1e-10 * want.abs().max()
 
 
-def test_group_by_module():
-    ids = torch.tensor([[2, 0], [3, 2], [0, 1]])  # N = 3: 3 is SKIP
-    groups = [(token.tolist(), slot.tolist()) for token, slot in group_by_module(ids, 3)]
-    assert groups == [([0, 2], [1, 0]), ([2], [1]), ([0, 1], [0, 1])]
+def test_sort_rows():
+    group = torch.tensor([2, 0, 3, 2, 0, 1])  # G = 3: 3 is in no group
+    plan = sort_rows(group, 3, on_device=False)
+    assert plan.order.tolist() == [1, 4, 5, 0, 3, 2] and plan.inverse.tolist() == [3, 0, 5, 4, 1, 2]
+    assert plan.sizes == [2, 1, 2, 1]
+    plan = sort_rows(group, 3, on_device=True)
+    assert plan.order.tolist() == [1, 4, 5, 0, 3, 2] and plan.group[:5].tolist() == [0, 0, 1, 2, 2]
+    assert plan.ends.tolist() == [2, 3, 5] and plan.idle[:, 0].tolist() == [False] * 5 + [True] and plan.sizes is None
 
 
 def test_routing_is_in_full_precision_under_autocast():
@@ -202,35 +207,6 @@ def test_routing_is_in_full_precision_under_autocast():
     assert set(dtypes) == {torch.float32} and loss.isfinite()
 
 
-# ----------------------------------------------------------------------------- generation
-
-@pytest.mark.parametrize('case', [dict(chunks='1-1'), dict(K=2, H=3), dict(K=1, H=2), dict(K=3, router='mlp')], ids=str)
-def test_cached_equals_full_forward_in_uneven_pieces(case):
-    model = stir(GPT(tiny(**case)).double())
-    idx = torch.randint(0, 50, (3, 24))
-    full, _ = model.features(idx)
-    cache = Cache(model.cfg, 3, 'cpu', torch.float64)
-    pieces = [model.features(idx[:, a:b], cache)[0] for a, b in itertools.pairwise((0, 7, 8, 9, 15, 24))]
-    assert (torch.cat(pieces, 1) - full).abs().max() < 1e-12 * full.abs().max()
-
-
-def test_generate():
-    model = stir(GPT(tiny()))
-    idx = torch.randint(0, 50, (2, 5))
-    greedy = model.generate(idx, 30, temperature=0)  # 35 tokens: slides past block_size = 24
-    want = idx
-    for _ in range(30):
-        want = torch.cat((want, model(want[:, -24:])[0][:, -1].argmax(-1, keepdim=True)), 1)
-    assert torch.equal(greedy, want)
-    assert torch.equal(model.generate(idx, 10, top_k=1), want[:, :15])
-    torch.manual_seed(0)
-    first = model.generate(idx, 10, temperature=1.5, top_k=5)
-    torch.manual_seed(0)
-    assert torch.equal(first, model.generate(idx, 10, temperature=1.5, top_k=5))
-    probabilities = model(idx)[0][:, -1].topk(5).indices
-    assert all(first[b, 5] in probabilities[b] for b in range(2))
-
-
 # ----------------------------------------------------------------------------- costs
 
 def test_flops_of_table_1():
@@ -242,12 +218,24 @@ def test_flops_of_table_1():
 
 
 @pytest.mark.parametrize('case', [dict(skip=False), dict(skip=False, router='mlp'), dict(chunks='1-1')], ids=str)
-def test_flops_formula_counts_what_runs(case):
-    model = GPT(tiny(**case, K=4))
-    with FlopCounterMode(display=False) as counter:
-        model(torch.randint(0, 50, (2, 24)))
+@pytest.mark.parametrize('merged', [True, False])
+def test_flops_formula_counts_what_runs(case, merged, monkeypatch):
+    if not merged:
+        monkeypatch.setattr('model.MOST_SUBSETS', 0)
+    counted = []
+    for B in (3, 8):
+        torch.manual_seed(0)
+        model = GPT(tiny(**case, K=3, H=9))
+        for chunk in model.chunks:
+            chunk.pools = partial(chunk.pools, keep=True)  # merge, however few the tokens
+        with FlopCounterMode(display=False) as counter:
+            model(torch.randint(0, 50, (B, 24)))
+        counted.append(counter.get_total_flops())
     attention = 4 * 24 * 16 * model.cfg.depth  # the counter does not see attention on the CPU
-    assert counter.get_total_flops() == (model.flops_per_token(24) - attention) * 2 * 24
+    want = model.flops_per_token(24, merged=merged) - attention
+    assert counted[1] - counted[0] == want * 5 * 24  # so what does not grow with the tokens, merging, cancels
+    assert (counted[0] == want * 3 * 24) == (not merged or 'chunks' in case)
+    assert (model.flops_per_token(24, merged=True) < model.flops_per_token(24)) == (merged and 'chunks' not in case)
 
 
 # ----------------------------------------------------------------------------- mistakes
@@ -295,10 +283,3 @@ def test_other_activations_are_refused(tmp_path):
     hugging_face(tmp_path, activation_function='relu')
     with pytest.raises(ValueError, match='activation_function'):
         GPT.from_pretrained(str(tmp_path))
-
-
-def test_too_long_a_sequence():
-    with pytest.raises(ValueError, match='longer than block_size=24'):
-        GPT(tiny())(torch.zeros(1, 25, dtype=torch.int64))
-    with pytest.raises(ValueError, match='temperature=-1'):
-        GPT(tiny()).generate(torch.zeros(1, 2, dtype=torch.int64), 2, temperature=-1)

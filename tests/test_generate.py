@@ -1,0 +1,163 @@
+"""Cached decoding against the full forward pass, and beam search against transformers'."""
+import itertools
+
+import pytest
+import torch
+
+from model import GPT, Cache
+from tests.test_model import hugging_face, stir, tiny
+from tests.test_phi import SYSTEMS, build
+
+
+@pytest.fixture(params=SYSTEMS)
+def system(request):
+    return request.param
+
+
+def test_cached_equals_full_forward_in_uneven_pieces(system):
+    model = build(system)
+    idx = torch.randint(0, 50, (3, 24))
+    full, _ = model.features(idx)
+    cache = Cache(model.cfg, 3, 'cpu', torch.float64)
+    pieces = [model.features(idx[:, a:b], cache)[0] for a, b in itertools.pairwise((0, 7, 8, 9, 15, 24))]
+    assert (torch.cat(pieces, 1) - full).abs().max() < 1e-12 * full.abs().max()
+
+
+def test_greedy_takes_the_likeliest_of_the_full_forward(system):
+    model = build(system).train()
+    idx = torch.randint(0, 50, (2, 5))
+    greedy = model.generate(idx, 8, temperature=0)
+    assert model.training
+    model.eval()
+    want = idx
+    for _ in range(8):
+        want = torch.cat((want, model(want)[0][:, -1].argmax(-1, keepdim=True)), 1)
+    assert torch.equal(greedy, want)
+
+
+def test_prompts_of_different_lengths_go_on_as_if_alone(system):
+    model = build(system)
+    idx, lengths = torch.randint(0, 50, (4, 9)), torch.tensor([9, 1, 4, 6])
+    out = model.generate(idx, 7, temperature=0, lengths=lengths, stop=13)
+    for b, n in enumerate(lengths.tolist()):
+        alone = model.generate(idx[b:b + 1, :n], 7, temperature=0, stop=13)[0].tolist()
+        assert out[b].tolist()[:len(alone)] == alone and set(out[b].tolist()[len(alone):]) <= {13}
+    padded = torch.where(torch.arange(9) < lengths.unsqueeze(1), idx, 49)
+    assert torch.equal(out, model.generate(padded, 7, temperature=0, lengths=lengths, stop=13))
+
+
+def test_stop():
+    model = build('mom')
+    idx = torch.randint(0, 50, (3, 5))
+    free = model.generate(idx, 12, temperature=0)
+    stop = free[0, 8].item()  # row 0 says this at its fourth token at the latest
+    out = model.generate(idx, 12, temperature=0, stop=stop)
+    for row, whole in zip(out.tolist(), free.tolist()):
+        end = whole.index(stop, 5) if stop in whole[5:] else None
+        assert row[:end] == whole[:end][:len(row)] and (end is None or set(row[end:]) == {stop})
+    alone = model.generate(idx[:1], 12, temperature=0, stop=stop)
+    assert alone.size(1) <= 9 and alone[0, -1] == stop  # it ends when all rows have
+
+
+def test_sliding_past_the_block():
+    model = stir(GPT(tiny()))
+    idx = torch.randint(0, 50, (2, 5))
+    greedy = model.generate(idx, 30, temperature=0)  # 35 tokens, block_size = 24
+    want = idx
+    for _ in range(30):
+        want = torch.cat((want, model(want[:, -24:])[0][:, -1].argmax(-1, keepdim=True)), 1)
+    assert torch.equal(greedy, want)
+    long = torch.randint(0, 50, (1, 40))
+    assert torch.equal(model.generate(long, 1, temperature=0)[0, -1], model(long[:, -24:])[0][0, -1].argmax())
+
+
+def test_sampling():
+    model = stir(GPT(tiny()))
+    idx = torch.randint(0, 50, (2, 5))
+    greedy = model.generate(idx, 10, temperature=0)
+    assert torch.equal(model.generate(idx, 10, top_k=1), greedy)
+    assert torch.equal(model.generate(idx, 10, top_p=1e-6), greedy)
+    p = model(idx[:1])[0][0, -1].softmax(-1)
+    many = model.generate(idx[:1].repeat(4000, 1), 1)[:, -1].bincount(minlength=50) / 4000
+    assert (many - p).abs().max() < 0.04
+    few = model.generate(idx[:1].repeat(4000, 1), 1, top_k=5)[:, -1].unique()
+    assert set(few.tolist()) == set(p.topk(5).indices.tolist())
+    ranked = p.sort(descending=True)
+    nucleus = ranked.indices[:int((ranked.values.cumsum(-1) < 0.6).sum()) + 1].tolist()
+    some = model.generate(idx[:1].repeat(4000, 1), 1, top_p=0.6)[:, -1].bincount(minlength=50) / 4000
+    assert set(some.nonzero().flatten().tolist()) == set(nucleus) and len(nucleus) > 1
+    assert (some[nucleus] - p[nucleus] / p[nucleus].sum()).abs().max() < 0.05
+    torch.manual_seed(0)
+    first = model.generate(idx, 10, temperature=1.5, top_k=5)
+    torch.manual_seed(0)
+    assert torch.equal(first, model.generate(idx, 10, temperature=1.5, top_k=5))
+
+
+@pytest.mark.parametrize('beams', [2, 4])
+def test_beam_search_equals_transformers(beams, tmp_path):
+    hf = hugging_face(tmp_path, n_layer=2)
+    stir(hf, std=0.3)
+    hf.save_pretrained(tmp_path)
+    model = GPT.from_pretrained(str(tmp_path)).eval()
+    same = 0
+    for seed in range(12):
+        idx = torch.randint(0, 211, (3, 6), generator=torch.Generator().manual_seed(seed))
+        stop = hf(idx).logits[0, -1].topk(3).indices[-1].item()  # a likely one
+        want = hf.generate(idx, attention_mask=torch.ones_like(idx), num_beams=beams, do_sample=False, max_new_tokens=8,
+                           eos_token_id=stop, pad_token_id=stop, length_penalty=1.0, early_stopping=False)
+        got = model.generate(idx, 8, beams=beams, stop=stop)
+        width = max(got.size(1), want.size(1))
+        got, want = (torch.nn.functional.pad(t, (0, width - t.size(1)), value=stop) for t in (got, want))
+        assert torch.equal(got, want), seed
+        same += int(torch.equal(got, torch.nn.functional.pad(model.generate(idx, 8, temperature=0, stop=stop), (0, 99),
+                                                             value=stop)[:, :width]))
+    assert same < 12  # beams find what greedy does not
+
+
+@pytest.mark.parametrize('system', ['mom', 'mod', 'early_exit'])
+def test_beam_search_of_prompts_of_different_lengths(system):
+    model = build(system)
+    idx, lengths = torch.randint(0, 50, (3, 9)), torch.tensor([9, 2, 5])
+    out = model.generate(idx, 6, beams=3, stop=7, lengths=lengths)
+    for b, n in enumerate(lengths.tolist()):
+        alone = model.generate(idx[b:b + 1, :n], 6, beams=3, stop=7)[0].tolist()
+        assert out[b].tolist()[:len(alone)] == alone
+    text = out[1, :8]  # as many as it can hold: its mean log-probability is not below greedy's
+    greedy = model.generate(idx[1:2, :2], 6, temperature=0, stop=7)[0]
+
+    def mean(text):
+        logp = model(text[None, :-1])[0].log_softmax(-1)[0, torch.arange(1, len(text) - 1), text[2:]]
+        over = (text[2:] == 7).nonzero()
+        return logp[:int(over[0]) + 1 if len(over) else None].mean()
+    assert mean(text) >= mean(greedy) - 1e-9
+
+
+def test_bfloat16_weights_on_the_cpu(system):
+    if system == 'mod':
+        pytest.skip('its predictor may round to the other side')
+    model = build(system).float()
+    idx = torch.randint(0, 50, (2, 12))
+    full = model(idx)[0]
+    model.cast(torch.bfloat16)
+    cache = Cache(model.cfg, 2, 'cpu', torch.bfloat16)
+    pieces = torch.cat([model.features(idx[:, a:b], cache)[0] for a, b in itertools.pairwise((0, 7, 8, 12))], 1)
+    assert pieces.dtype == torch.bfloat16
+    close = (torch.nn.functional.linear(pieces, model.wte.weight).float() - full).abs().amax(-1)
+    assert close.median() < 0.1 * full.std()  # some tokens' choices flip
+    assert all(p.dtype == (torch.float32 if 'router' in n or 'predictor' in n else torch.bfloat16)
+               for n, p in model.named_parameters())
+    assert model.generate(idx, 4, temperature=0).shape == (2, 16)
+
+
+def test_mistakes_name_the_fix():
+    model = GPT(tiny())
+    idx = torch.zeros(2, 20, dtype=torch.int64)
+    for args, message in [(dict(temperature=-1), 'temperature=-1'), (dict(top_k=0), 'top_k=0'),
+                          (dict(top_p=1.5), 'top_p=1.5'), (dict(beams=0), 'beams=0'), (dict(beams=2), 'do not fit'),
+                          (dict(lengths=torch.tensor([3, 21])), 'a length of 1 to 20'),
+                          (dict(lengths=torch.tensor([3])), 'each of the 2 rows'),
+                          (dict(lengths=torch.tensor([3, 20])), 'do not fit block_size=24')]:
+        with pytest.raises(ValueError, match=message):
+            model.generate(idx, 5, **args)
+    with pytest.raises(ValueError, match='longer than block_size=24'):
+        model(torch.zeros(1, 25, dtype=torch.int64))

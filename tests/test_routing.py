@@ -1,0 +1,174 @@
+"""The fast paths against the slow ones: merged q, k, v, grouped products, checkpointing, the loss in parts."""
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import model as model_py
+from model import GPT, Cache, subsets
+from tests.test_model import stir, tiny
+from tests.test_phi import SYSTEMS, build
+
+MOM = {'K1S': dict(K=1, H=3), 'K2S': dict(K=2, H=3), 'K3': dict(K=3, H=2, skip=False), 'K4S': dict(K=4, H=2),
+       'K4, all of all': dict(K=4, H=2, skip=False), 'K5S, all of all': dict(K=5, H=2),
+       'softmax': dict(K=2, H=3, router_weights='softmax'), 'uneven pools': dict(K=3, H=2, N_A=2, N_F=3),
+       'K2S of 8': dict(chunks='8', K=2, H=3), 'tied': dict(K=2, H=2, tied=True)}
+ALL = {**{name: SYSTEMS[name] for name in SYSTEMS if name != 'vanilla'}, **MOM}
+
+
+def outcome(settings, double=True, keep=False, **kw):
+    """Loss, logits and all gradients of a model that depends on the settings alone."""
+    model = stir(GPT(tiny(**{**settings, **kw})), seed=5).train()
+    model = model.double() if double else model
+    if keep:  # merge q, k, v, however few the tokens
+        for chunk in model.chunks:
+            chunk.pools = lambda x, pools=chunk.pools: pools(x, keep=True)
+    idx = torch.randint(0, 50, (3, 20), generator=torch.Generator().manual_seed(6))
+    logits, loss = model(idx, idx.roll(-1))
+    loss.backward()
+    return logits, {name: p.grad for name, p in model.named_parameters()}, model
+
+
+def same(a, b, tolerance):
+    assert (a[0] - b[0]).abs().max() <= tolerance * b[0].abs().max()
+    for name, grad in b[1].items():
+        assert (a[1][name] - grad).abs().max() <= tolerance * max(1, grad.abs().max()), name
+
+
+@pytest.mark.parametrize('name', [name for name in ALL if ALL[name].get('K') != 1])
+def test_merging_by_subset_is_exact(name, monkeypatch):
+    merged = outcome(ALL[name], keep=True)
+    monkeypatch.setattr(model_py, 'MOST_SUBSETS', 0)
+    plain = outcome(ALL[name])
+    assert not any(chunk.S for chunk in plain[2].chunks)
+    if SYSTEMS.get(name, {}).get('phi', 'mom') == 'mom':
+        assert any(chunk.S for chunk in merged[2].chunks)
+    same(merged, plain, 1e-10)
+
+
+def test_subsets():
+    assert len(subsets(4, 2, True)) == 10 and len(subsets(4, 3, True)) == 10 and len(subsets(4, 4, True)) == 5
+    assert subsets(3, 3, False) == [(0, 1, 2)] and subsets(2, 3, True) == [(0, 1)]
+    assert len(subsets(8, 2, True)) == 36 and len(subsets(6, 2, True)) == 21
+
+
+class Poisoned(torch.autograd.Function):
+    """F.grouped_mm as its contract reads: rows past the last group are anything, in the output and in the gradient."""
+
+    @staticmethod
+    def forward(ctx, x, w, ends):
+        ctx.save_for_backward(x, w, ends)
+        y = x.new_full((len(x), w.size(2)), float('nan'))
+        for g, (a, b) in enumerate(itertools.pairwise([0, *ends.tolist()])):
+            y[a:b] = x[a:b] @ w[g]
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w, ends = ctx.saved_tensors
+        gx, gw = torch.full_like(x, float('nan')), torch.zeros_like(w)
+        for g, (a, b) in enumerate(itertools.pairwise([0, *ends.tolist()])):
+            gx[a:b], gw[g] = grad[a:b] @ w[g].T, x[a:b].T @ grad[a:b]
+        return gx, gw, None
+
+
+@pytest.mark.parametrize('keep', [False, True], ids=['per module', 'merged'])
+@pytest.mark.parametrize('name', ALL)
+def test_grouped_products_that_leave_rows_uninitialised(name, keep, monkeypatch):
+    loop = outcome(ALL[name], keep=keep)
+    monkeypatch.setattr(model_py, 'grouped_dtype', lambda x: torch.float64)
+    monkeypatch.setattr(F, 'grouped_mm', lambda x, w, offs: Poisoned.apply(x, w, offs))
+    same(outcome(ALL[name], keep=keep), loop, 1e-10)
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_torch_s_grouped_mm(name, monkeypatch):
+    loop = outcome(ALL[name], double=False)
+    monkeypatch.setattr(model_py, 'grouped_dtype', lambda x: torch.float32)
+    same(outcome(ALL[name], double=False), loop, 1e-4)
+
+
+@pytest.mark.parametrize('name', ['K2S', 'K3', 'K4, all of all', 'uneven pools', 'early_exit', 'moe', 'mod', 'share'])
+def test_the_grouped_path_compiles_without_graph_breaks(name, monkeypatch):
+    monkeypatch.setattr(model_py, 'grouped_dtype', lambda x: torch.bfloat16)  # no other type compiles yet
+    model = stir(GPT(tiny(**ALL[name])), seed=5).train()
+    idx = torch.randint(0, 50, (2, 16))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend='eager', fullgraph=True)
+    loss, want = compiled(idx, idx)[1], model(idx, idx)[1]
+    assert torch.allclose(loss, want, rtol=1e-5)
+    loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_bfloat16_autocast_is_near_full_precision(monkeypatch):
+    full = outcome(MOM['K4, all of all'], double=False)  # no choice to flip
+    for grouped in (None, torch.bfloat16):
+        monkeypatch.setattr(model_py, 'grouped_dtype', lambda x: grouped)
+        with torch.autocast('cpu', torch.bfloat16):
+            half = outcome(MOM['K4, all of all'], double=False)
+        assert (half[0].float() - full[0]).abs().mean() < 0.05 * full[0].std()
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_checkpointing_changes_nothing(name):
+    plain = outcome(ALL[name])
+    model = stir(GPT(tiny(**ALL[name])), seed=5).train().double()
+    model.checkpointing = True
+    idx = torch.randint(0, 50, (3, 20), generator=torch.Generator().manual_seed(6))
+    logits, loss = model(idx, idx.roll(-1))
+    loss.backward()
+    same((logits, {n: p.grad for n, p in model.named_parameters()}), plain, 1e-12)
+
+
+def test_checkpointing_keeps_less():
+    kept = []
+    for on in (False, True):
+        model = GPT(tiny(K=2, H=6))
+        model.checkpointing, count = on, [0]
+
+        def pack(t):
+            count[0] += t.nbytes
+            return t
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            model(torch.randint(0, 50, (4, 24)), torch.randint(0, 50, (4, 24)))
+        kept.append(count[0])
+    assert kept[1] < kept[0] / 5
+
+
+def test_the_loss_in_parts_equals_the_whole():
+    model = stir(GPT(tiny(vocab_size=40_000, K=2, H=1))).double()
+    idx = torch.randint(0, 40_000, (2, 24))
+    targets = idx.roll(-1)
+    targets[:, :5] = -100
+    whole = model(idx, targets)[1]
+    want = torch.autograd.grad(whole, list(model.parameters()))
+    model.cfg.vocab_size = 2 ** 21  # in parts of 16 rows
+    logits, loss = model(idx, targets, want_logits=False)
+    assert logits is None and torch.allclose(loss, whole, rtol=1e-6)  # the cross-entropy itself is in fp32
+    for a, b in zip(torch.autograd.grad(loss, list(model.parameters())), want):
+        assert torch.allclose(a, b, rtol=1e-4, atol=1e-6 * b.abs().max().item())
+
+
+def test_a_decoding_step_reads_only_what_was_chosen(monkeypatch):
+    """Matrices are poisoned that no token of the step chose."""
+    model = build('mom').float()
+    idx = torch.randint(0, 50, (1, 6))
+    with torch.no_grad():
+        cache = Cache(model.cfg, 1, 'cpu', torch.float32)
+        model.features(idx, cache)
+        start, length = [t.clone() for t in cache.k], cache.length
+        want, decisions = model.features(idx[:, -1:], cache)
+        attn, merged, ffns = cache.ready[1]
+        for kind, (modules, _) in (('A', attn), ('F', ffns)):
+            chosen = {i for d in decisions[1] if d.kind == kind for i in d.ids.flatten().tolist()}
+            assert len(chosen - {4}) < 4
+            for i in set(range(4)) - chosen:
+                modules[i] = type(modules[i])(*(torch.full_like(p, float('nan')) for p in modules[i]))
+        used = {int(model.chunks[1].subset[sum(1 << i for i in d.ids[0].tolist() if i < 4)])
+                for d in decisions[1] if d.kind == 'A'}
+        for s in set(range(model.chunks[1].S)) - used:
+            merged[0][s] = type(merged[0][s])(*(torch.full_like(p, float('nan')) for p in merged[0][s]))
+        cache.k, cache.length = start, length
+        assert torch.equal(model.features(idx[:, -1:], cache)[0], want) and want.isfinite().all()
