@@ -191,9 +191,18 @@ def norm(m, x, plan=None):  # each module has its own LayerNorm ("Add & Norm" be
     return F.layer_norm(x, x.shape[-1:], eps=1e-5) * m.ln_w[plan.group] + m.ln_b[plan.group]
 
 
+def few_rows(x, w):
+    """x @ w, (M, in) @ (in, out). For a few rows, in decoding, a CPU in fp32 is done when it has read w; eight products
+    over parts of the inner dimension, summed, read at up to twice the speed of one."""
+    M, C = x.shape
+    if x.device.type == 'cpu' and 0 < M <= 16 and C % 8 == 0 and x.dtype == w.dtype == torch.float32:
+        return torch.bmm(x.view(M, 8, C // 8).transpose(0, 1), w.view(8, C // 8, -1)).sum(0)
+    return x @ w
+
+
 def linear(x, w, b, plan=None):
     if plan is None:
-        return torch.addmm(b, x, w)
+        return few_rows(x, w) + b if len(x) <= 16 else torch.addmm(b, x, w)
     # F.grouped_mm leaves the rows past its last group uninitialised, in its output and in the gradient of its input,
     # and 0 * nan is nan: they are masked on both sides, never multiplied by 0.
     y = F.grouped_mm(x.to(w.dtype).masked_fill(plan.idle, 0), w, offs=plan.ends)
@@ -706,7 +715,7 @@ class GPT(nn.Module):
             return out
         done = torch.zeros(B, dtype=torch.bool, device=idx.device)
         for n in range(max_new_tokens):
-            new = pick((x @ head).float(), temperature, top_k, top_p)
+            new = pick(few_rows(x, head).float(), temperature, top_k, top_p)
             if stop is not None:
                 new = new.masked_fill(done, stop)
                 done |= new == stop
@@ -736,7 +745,7 @@ class GPT(nn.Module):
         score = torch.full((B, beams), -math.inf, device=device)          # sums of log-probabilities
         score[:, 0] = 0                                                   # all beams begin equal: let one speak
         best = torch.full((B, beams), -math.inf, device=device)           # finished: means
-        kept, logp = texts.clone(), (x @ head).float().log_softmax(-1)
+        kept, logp = texts.clone(), few_rows(x, head).float().log_softmax(-1)
         logp = logp[many].view(B, beams, -1)
         for n in range(1, max_new_tokens + 1):
             V = logp.size(-1)
@@ -760,7 +769,7 @@ class GPT(nn.Module):
             cache.reorder((each.unsqueeze(1) * beams + beam.gather(1, go)).flatten())
             new = token.gather(1, go).view(-1, 1)
             x = self.features(new, cache, torch.ones_like(cache.tokens))[0][:, -1]
-            logp = (x @ head).float().log_softmax(-1).view(B, beams, -1)
+            logp = few_rows(x, head).float().log_softmax(-1).view(B, beams, -1)
         return kept[:, 0, :int(start.max()) + n]
 
     def cast(self, dtype):
