@@ -462,7 +462,8 @@ class Chunk(nn.Module):
             return qkv_merged(merged[0][0], x)
         bits = (1 << d.ids).masked_fill(d.ids == d.N, 0).sum(1)
         plan = sort_rows(self.subset[bits], self.S, grouped_dtype(x) is not None)
-        return by_group(qkv_merged, merged, x.index_select(0, plan.order), plan, 3 * x.size(1))[plan.inverse]
+        y = by_group(qkv_merged, merged, x.index_select(0, plan.order), plan, 3 * x.size(1))
+        return y.index_select(0, plan.inverse)
 
     def steps(self, x, cache=None, first_step=0, count=None):
         """Eq. 4, H times: x (B, T, C) -> (B, T, C) and the routers' Decisions."""
