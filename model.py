@@ -417,21 +417,20 @@ class Chunk(nn.Module):
         if router is None:
             return fixed[h]
         r, state[kind] = router(x, state.get(kind), h)
-        entries = None
-        if self.phi in ('layer_skip', 'early_exit'):  # of all scores, module h's and SKIP's
-            entries = torch.tensor([h, N], device=r.device)
-            r = r[:, entries]
+        one_or_skip = self.phi in ('layer_skip', 'early_exit')
+        if one_or_skip:  # of all scores, module h's and SKIP's
+            r = torch.stack((r[:, h], r[:, N]), dim=1)
         ids, weights = top_k(r, min(self.cfg.K, r.size(1)), self.cfg.router_weights, self.cfg.tau)
         aux = None
         if self.cfg.balance and self.training:
             aux = self.cfg.balance * balance_loss(r, ids, self.cfg.tau)
-        if entries is not None:
-            ids = entries[ids]
+        if one_or_skip:
+            ids = torch.where(ids == 0, h, N)
         if self.phi == 'early_exit':
             state['gone'] = (ids == N) | state.get('gone', False)
             ids = ids.masked_fill(state['gone'], N)
-        everything = ids.size(1) == N + self.cfg.skip
-        plan = None if everything else sort_rows(ids.flatten(), N, grouped_dtype(x) is not None)
+        all_of_all = ids.size(1) == N + self.cfg.skip
+        plan = None if all_of_all else sort_rows(ids.flatten(), N, grouped_dtype(x) is not None)
         return Decision(kind, h, N, ids, weights, plan, aux)
 
     def pools(self, x, keep=False):
