@@ -18,7 +18,11 @@ max_new_tokens = 400          # tokens of each
 # --- how
 temperature = 0.8             # 0 is greedy
 top_k = 200                   # sample among the k likeliest tokens; 0 is all
+top_p = 1.0                   # and among the likeliest that hold this share of the probability
+beams = 1                     # more: the likeliest text that a beam search finds, temperature or not
+stop = True                   # at <|endoftext|>
 seed = 1337                   # of the draws
+dtype = 'float32'             # of the weights: 'float32', or 'bfloat16', which reads half as much per token
 device = 'auto'               # 'auto', 'cpu', 'cuda'
 # ---
 settings, given = config.load(globals())
@@ -28,13 +32,15 @@ for key in ('samples', 'max_new_tokens'):
         raise ValueError(f'{key}={settings[key]} must be at least 1')
 if temperature < 0 or top_k < 0:
     raise ValueError(f'temperature={temperature} and top_k={top_k} must be at least 0')
+if dtype not in ('float32', 'bfloat16'):
+    raise ValueError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
 device = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
 torch.manual_seed(seed)
 
 # A checkpoint of ours says which tokenizer it was trained with; GPT-2's weights go with GPT-2's BPE.
 ours = os.path.exists(source) and not os.path.isfile(os.path.join(source, 'config.json'))
 tokenizer = config.tokenizer(load_checkpoint(source)['meta']['tokenizer'] if ours else 'gpt2')
-model = GPT.from_pretrained(source).to(device).eval()
+model = GPT.from_pretrained(source).to(device).cast(getattr(torch, dtype)).eval()
 
 if prompt.startswith('file:'):
     if not os.path.isfile(prompt[5:]):
@@ -44,7 +50,10 @@ if prompt.startswith('file:'):
 ids = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]  # <|endoftext|> is what stands before a document
 idx = torch.tensor([ids], device=device)
 for n in range(samples):
-    text = model.generate(idx, max_new_tokens, temperature, top_k or None)[0].tolist()
-    print(prompt + tokenizer.decode(text[len(ids):]))
+    text = model.generate(idx, max_new_tokens, temperature, top_k or None, top_p, beams,
+                          tokenizer.eot_token if stop else None)[0, len(ids):].tolist()
+    if stop and tokenizer.eot_token in text:
+        text = text[:text.index(tokenizer.eot_token)]
+    print(prompt + tokenizer.decode(text))
     if n < samples - 1:
         print('-' * 40)

@@ -341,7 +341,7 @@ def ask_to_stop(signum, frame):
 
 signal.signal(signal.SIGTERM, ask_to_stop)
 signal.signal(signal.SIGINT, ask_to_stop)
-flops, peak, bits_per_byte = raw.flops_per_token(block_size), peak_flops(), None
+flops, peak, bits_per_byte = raw.flops_per_token(block_size, merged=True), peak_flops(), None
 times, started, first_step = [], time.time(), step
 
 while True:
@@ -349,7 +349,7 @@ while True:
         val_loss, k_a, k_f = evaluate()
         val_step, best_loss = step, min(best_loss, val_loss)
         bits_per_byte = val_loss / math.log(2) * meta['val_tokens'] / meta['val_bytes']
-        flops = raw.flops_per_token(block_size, k_a, k_f)  # active ones: what SKIP saves does not count as work done
+        flops = raw.flops_per_token(block_size, k_a, k_f, merged=True)  # what SKIP and merging save is no work done
         log(step=step, val_loss=val_loss, val_bits_per_byte=bits_per_byte, k_a=k_a, k_f=k_f)
         say(f'{step}/{max_steps} | val loss {val_loss:.4f} | perplexity {math.exp(val_loss):.2f} | bits per byte '
             f'{bits_per_byte:.4f}' + (f' | modules per token {k_a:.2f} MHA, {k_f:.2f} FFN' if n_router else ''))

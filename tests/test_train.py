@@ -206,7 +206,10 @@ def test_sample(phase_two, tmp_path):
     one = run(*args, script='sample.py')
     assert one.count('The state') == 2 and len(one) > 80
     assert one == run(*args, script='sample.py') and one != run(*args, '--seed=2', script='sample.py')
+    for more in (['--beams=3'], ['--temperature=0', '--dtype=bfloat16'], ['--top_p=0.5', '--stop=False']):
+        assert len(run(*args[:2], '--max_new_tokens=20', *more, script='sample.py')) >= 10
     assert 'no checkpoint at' in run(f'--source={tmp_path}', script='sample.py', fails=True)
+    assert "must be 'float32' or" in run('--dtype=fp8', script='sample.py', fails=True)
 
 
 def test_bench_puts_runs_side_by_side(phase_one, phase_two):
