@@ -647,6 +647,11 @@ class GPT(nn.Module):
         rows = max(1, 2 ** 25 // self.cfg.vocab_size)
         if len(x) <= rows:
             return F.cross_entropy(F.linear(x, self.wte.weight).float(), targets)
+        full = x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
+        if full and hasattr(F, 'linear_cross_entropy'):  # not in every torch; in bf16 it rounds the loss itself to bf16
+            return F.linear_cross_entropy(x, self.wte.weight, targets, options=torch.nn.LinearCrossEntropyOptions(
+                batch_chunk_size=rows, chunking_method=None, acc_policy='accurate'))
+
 
         def part(x, targets):
             return F.cross_entropy(F.linear(x, self.wte.weight).float(), targets, reduction='sum')
