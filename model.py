@@ -193,10 +193,14 @@ def norm(m, x, plan=None):  # each module has its own LayerNorm ("Add & Norm" be
 
 def few_rows(x, w):
     """x @ w, (M, in) @ (in, out). For a few rows, in decoding, a CPU in fp32 is done when it has read w; eight products
-    over parts of the inner dimension, summed, read at up to twice the speed of one."""
-    M, C = x.shape
-    if x.device.type == 'cpu' and 0 < M <= 16 and C % 8 == 0 and x.dtype == w.dtype == torch.float32:
-        return torch.bmm(x.view(M, 8, C // 8).transpose(0, 1), w.view(8, C // 8, -1)).sum(0)
+    over parts of it read at up to twice the speed of one."""
+    (M, C), D = x.shape, w.size(1)
+    if x.device.type == 'cpu' and 0 < M <= 16 and x.dtype == w.dtype == torch.float32:
+        if C % 8 == 0 and w.is_contiguous():           # parts of the inner dimension, which add up
+            return torch.bmm(x.view(M, 8, C // 8).transpose(0, 1), w.view(8, C // 8, D)).sum(0)
+        if D % 8 == 0 and w.t().is_contiguous():       # stored (out, in), as torch's own layers do: parts of the outer
+            parts = w.t().view(8, D // 8, C).transpose(1, 2)
+            return torch.bmm(x.expand(8, M, C), parts).transpose(0, 1).reshape(M, D)
     return x @ w
 
 
@@ -252,8 +256,20 @@ class Router(nn.Module):
                 W = self.gates.weight.view(-1, self.E, x.size(-1))[h]
                 return F.linear(F.layer_norm(x.to(W.dtype), x.shape[-1:]), W), None
             x = x.to(self.out.weight.dtype)
-            s = self.gru(x, s) if self.gru else F.gelu(self.mlp(x), approximate='tanh')  # Eq. 7
-            return self.out(s), s                                                        # Eq. 8
+            s = gru(self.gru, x, s) if self.gru else F.gelu(self.mlp(x), approximate='tanh')  # Eq. 7
+            return self.out(s), s                                                             # Eq. 8
+
+
+def gru(cell, x, s):
+    """torch.nn.GRUCell for inputs x (M, C) and states s (M, R) or None; for few rows in decoding see few_rows."""
+    if len(x) > 16 or torch.is_grad_enabled():
+        return cell(x, s)
+    i_reset, i_update, i_new = (few_rows(x, cell.weight_ih.t()) + cell.bias_ih).chunk(3, dim=-1)
+    h = cell.bias_hh if s is None else few_rows(s, cell.weight_hh.t()) + cell.bias_hh
+    h_reset, h_update, h_new = h.chunk(3, dim=-1)
+    new = torch.tanh(i_new + torch.sigmoid(i_reset + h_reset) * h_new)
+    update = torch.sigmoid(i_update + h_update)
+    return new - update * new if s is None else torch.lerp(new, s, update)
 
 
 def top_k(r, K, router_weights, tau):
@@ -283,7 +299,7 @@ def balance_loss(r, ids, tau):
 # Rows that take the same module are put side by side, so that each module is one matrix product over all of its rows.
 
 # What a router decided for M tokens at one step. kind: 'A' attention, 'F' feed-forward, 'T' which tokens (MoD).
-# ids (M, K), where N is SKIP; weights (M, K); plan: how the M*K assignments sort by module; aux: a loss to train with.
+# ids (M, K), where N is SKIP; weights (M, K); plan: how the M*K assignments sort by module, see assemble; aux: a loss.
 Decision = namedtuple('Decision', 'kind step N ids weights plan aux')
 # R rows sorted by group. order (R,): sorted row -> row; inverse: row -> sorted row. Then either sizes, a list: the rows
 # of each group, and last those of no group; or, if only the device knows them, the group of each sorted row (R,), where
@@ -338,8 +354,12 @@ def assemble(fn, pool, x, d, weighted):
         weights = torch.zeros_like(d.weights).scatter(1, d.ids, d.weights)  # in the order of the modules
         y = [fn(m, x) for m in modules]
         return sum(one * weights[:, i:i + 1].to(one.dtype) if weighted else one for i, one in enumerate(y))
-    K = d.ids.size(1)
-    y = by_group(fn, pool, x.index_select(0, d.plan.order // K), d.plan, 3 * x.size(1) if fn is qkv_in else x.size(1))
+    K, width = d.ids.size(1), 3 * x.size(1) if fn is qkv_in else x.size(1)
+    if isinstance(d.plan, list):  # one token, in decoding: the modules that it takes
+        y = [fn(modules[i], x) * d.weights[:, k:k + 1].to(x.dtype) if weighted else fn(modules[i], x)
+             for k, i in enumerate(d.plan) if i < d.N]
+        return sum(y) if y else x.new_zeros(1, width)
+    y = by_group(fn, pool, x.index_select(0, d.plan.order // K), d.plan, width)
     y = y.index_select(0, d.plan.inverse).view(len(x), K, -1)
     return (y * d.weights.unsqueeze(-1).to(y.dtype) if weighted else y).sum(1)
 
@@ -429,8 +449,13 @@ class Chunk(nn.Module):
         if self.phi == 'early_exit':
             state['gone'] = (ids == N) | state.get('gone', False)
             ids = ids.masked_fill(state['gone'], N)
-        all_of_all = ids.size(1) == N + self.cfg.skip
-        plan = None if all_of_all else sort_rows(ids.flatten(), N, grouped_dtype(x) is not None)
+        on_device = grouped_dtype(x) is not None
+        if ids.size(1) == N + self.cfg.skip:
+            plan = None  # all tokens take all modules
+        elif len(x) == 1 and not on_device and not torch.is_grad_enabled():
+            plan = ids[0].tolist()
+        else:
+            plan = sort_rows(ids.flatten(), N, on_device)
         return Decision(kind, h, N, ids, weights, plan, aux)
 
     def pools(self, x, keep=False):
@@ -459,6 +484,8 @@ class Chunk(nn.Module):
         x = F.layer_norm(x, x.shape[-1:], eps=1e-5)
         if self.S == 1:
             return qkv_merged(merged[0][0], x)
+        if isinstance(d.plan, list):
+            return qkv_merged(merged[0][int(self.subset[sum(1 << i for i in d.plan if i < d.N)])], x)
         bits = (1 << d.ids).masked_fill(d.ids == d.N, 0).sum(1)
         plan = sort_rows(self.subset[bits], self.S, grouped_dtype(x) is not None)
         y = by_group(qkv_merged, merged, x.index_select(0, plan.order), plan, 3 * x.size(1))

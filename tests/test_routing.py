@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import model as model_py
-from model import GPT, Cache, subsets
+from model import GPT, Cache, few_rows, subsets
 from tests.test_model import stir, tiny
 from tests.test_phi import SYSTEMS, build
 
@@ -164,6 +164,14 @@ def test_the_loss_in_parts_under_autocast_is_in_full_precision():
         model.cfg.vocab_size = 2 ** 21
         parts = model(idx, idx, want_logits=False)[1]
     assert parts.dtype == torch.float32 and torch.allclose(parts, whole, rtol=1e-4)
+
+
+@pytest.mark.parametrize('rows', [1, 3, 16, 17])
+@pytest.mark.parametrize('shape', [(16, 24), (24, 7), (7, 24), (7, 5)])
+def test_few_rows(rows, shape):
+    x, w = torch.randn(rows, shape[0]), torch.randn(shape)
+    for stored in (w, w.t().contiguous().t()):
+        assert torch.allclose(few_rows(x, stored), x @ w, atol=1e-5)
 
 
 def test_a_decoding_step_reads_only_what_was_chosen(monkeypatch):
