@@ -1,0 +1,347 @@
+"""bench.py: formulas against the paper and against what runs, tables against the JSON, every mode as a command."""
+import csv
+import glob
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict
+
+import pytest
+import torch
+import transformers
+
+import config
+from model import GPT, Decision, MoMConfig
+
+SHAPE = dict(chunks='1-4-1', K=2, H=2, router_dim=8, n_embd=16, n_head=2, block_size=24, vocab_size=50)
+TINY = [f'--{key}={value}' for key, value in SHAPE.items()] + ['--device=cpu', '--repeats=2', '--threads=1']
+MACHINE = {'device', 'cores', 'threads', 'torch', 'dtype', 'date'}
+# Table 1's memory column, and its TFLOPs of MoM: E, I, P
+PAPER_GIB = {'small': dict(E=2.45, I=2.63, P=3.34), 'medium': dict(E=3.33, I=3.80, P=5.69),
+             'large': dict(E=4.13, I=5.15, P=9.24)}
+PAPER_GPT2_GIB = dict(small=2.98, medium=4.74, large=7.20)
+PAPER_TFLOPS = {'small': dict(E=2.45, I=3.49, P=5.04), 'medium': dict(E=6.80, I=10.20, P=16.23),
+                'large': dict(E=14.84, I=20.31, P=36.07)}
+KAHB = dict(E=dict(K=3, H=1), I=dict(K=3, H=2), P=dict(K=2, H=6))
+SIZES = {'small': ('1-1-4-1-4-1', 768, 12), 'medium': ('1-1-1-4-1-4-1-4-1-4-1-1', 1024, 16),
+         'large': ('1-4-1-4-1-4-1-4-1-4-1-4-1-4-1', 1280, 20)}
+
+
+def bench(*argv):
+    """The script as a command -> its printed tables, a list of lists of rows, and its last line, read."""
+    done = subprocess.run([sys.executable, 'bench.py', *map(str, argv)], cwd=config.ROOT, text=True,
+                          capture_output=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = done.stdout.splitlines()
+    rows = [[cell.strip() for cell in line.strip('|').split('|')] for line in lines if line.startswith('| ')]
+    result = json.loads(lines[-1])
+    assert set(result['machine']) == MACHINE and result['machine']['torch'] == torch.__version__
+    assert result['mode'] == argv[0] and all(result['machine'].values())
+    header, *cells = rows
+    assert len(cells) == len(result['rows'])
+    for row, want in zip(cells, result['rows']):  # what is printed is what the JSON says
+        assert header == list(want)
+        for cell, value in zip(row, want.values()):
+            same = cell == ('n/a' if value is None else value) if value is None or isinstance(value, str) else (
+                float(cell.replace(',', '')) == value)
+            assert same, (cell, value)
+    return done.stdout, result
+
+
+def script(monkeypatch, *argv):
+    """The script run in this process -> its names."""
+    path = os.path.join(config.ROOT, 'bench.py')
+    monkeypatch.setattr(sys, 'argv', [path, *argv])
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
+    names = {'__name__': 'bench', '__file__': path}
+    with open(path) as f:
+        exec(compile(f.read(), path, 'exec'), names)
+    return names
+
+
+@pytest.fixture(scope='module')
+def names():
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        return script(monkeypatch, 'table1', '--size=small', '--device=cpu')
+
+
+# ----------------------------------------------------------------------------- Table 1
+
+@pytest.fixture(scope='module')
+def table1():
+    stdout, result = bench('table1', '--threads=2')
+    assert result['machine']['threads'] == 2
+    assert [(row['size'], row['model'].split(' (K')[0]) for row in result['rows']] == [
+        (size, model) for size in SIZES
+        for model in ('GPT-2', 'MoD', 'MoE', 'MoE (share)', 'MoM_E', 'MoM_I', 'MoM_P')]
+    return {(row['size'], row['model']): row for row in result['rows']}
+
+
+def paper_gib(size, name):
+    return PAPER_GIB[size][name[4]] if name.startswith('MoM') else None if name == 'MoD' else PAPER_GPT2_GIB[size]
+
+
+def test_memory_of_the_paper_is_decoded_and_ours_is_less(table1):
+    for (size, name), row in table1.items():
+        paper = paper_gib(size, name)
+        assert row["paper's GiB"] == paper
+        chunks, width, _ = SIZES[size]
+        steps = sum(map(int, chunks.split('-')))
+        if name.startswith('MoM'):
+            steps = sum(1 if N == '1' else KAHB[name[4]]['H'] for N in chunks.split('-'))
+        assert row['depth'] == steps
+        assert row['GiB'] == pytest.approx(10_240 * 4 * (50257 + 2 * width * steps) / 2**30, abs=1e-3)
+        if paper:
+            assert row['GiB with Q'] == pytest.approx(paper, abs=0.025), (size, name)  # the paper rounds to 0.01
+            assert row['GiB'] < paper and row['GiB, %'] == pytest.approx(100 * (row['GiB'] / paper - 1), abs=0.06)
+
+
+def mom(size, which, **kw):
+    chunks, width, heads = SIZES[size]
+    with torch.device('meta'):
+        return GPT(MoMConfig(chunks=chunks, n_embd=width, n_head=heads, skip=True, **KAHB[which], **kw))
+
+
+def test_the_papers_k_put_back_gives_the_papers_flops(table1):
+    for size, tflops in PAPER_TFLOPS.items():
+        for which, paper in tflops.items():
+            row = table1[size, f'MoM_{which} (K{KAHB[which]["K"]}H{KAHB[which]["H"]}S)']
+            k, model = row["paper's K_eff"], mom(size, which)
+            assert row["paper's TFLOPs"] == paper
+            assert 10_240 * model.flops_per_token(1024, k, k) / 1e12 == pytest.approx(paper, rel=2e-4)
+            assert (row['k_a'], row['k_f']) == (KAHB[which]['K'],) * 2  # of no rate given: no token skips
+            assert row['TFLOPs'] == pytest.approx(10_240 * model.flops_per_token(1024) / 1e12, abs=0.006)
+            assert row['merged'] < row['TFLOPs']
+            assert row['TFLOPs, %'] == pytest.approx(100 * (row['TFLOPs'] / paper - 1), abs=0.3)
+
+
+def test_skip_rates_come_from_the_command_line_or_from_a_run(tmp_path):
+    cfg = MoMConfig(**{**SHAPE, 'H': 6})
+    torch.save({'model': {}, 'model_config': asdict(cfg), 'step': 3}, tmp_path / 'last.pt')
+    with open(tmp_path / 'log.csv', 'w', newline='') as f:
+        log = csv.DictWriter(f, ['step', 'tokens_per_s', 'val_loss', 'val_bits_per_byte', 'k_a', 'k_f'], restval='')
+        log.writeheader()
+        log.writerows([dict(step=0, val_loss=5, val_bits_per_byte=8, k_a=0.5, k_f=0.7), dict(step=1, tokens_per_s=9),
+                       dict(step=3, val_loss=3, val_bits_per_byte=5, k_a=1.25, k_f=1.75)])
+    _, result = bench('table1', '--size=small', '--k_a=1.5', '--k_f=2.5', f'--of={tmp_path}')
+    rows = {row['model']: row for row in result['rows']}
+    for which, k_a, k_f in (('E', 1.5, 2.5), ('I', 1.5, 2.5), ('P', 1.25, 1.75)):  # P is what the run is
+        row = next(row for name, row in rows.items() if name.startswith(f'MoM_{which}'))
+        assert (row['k_a'], row['k_f']) == (k_a, k_f)
+        want = 10_240 * mom('small', which).flops_per_token(1024, k_a, k_f) / 1e12
+        assert row['TFLOPs'] == pytest.approx(want, abs=0.006)
+    assert rows['MoD']['k_a'] is None and rows['GPT-2']['TFLOPs'] == 2.92
+
+
+SYSTEMS = [dict(chunks='1-1-1-1'), {}, dict(K=3, H=1), dict(phi='layer_skip', K=1), dict(phi='moe_share', skip=False),
+           dict(phi='mod', chunks='1-1-1', K=1, router='linear')]
+
+
+def test_measured_memory_is_that_of_the_formula(names):
+    for case in SYSTEMS:
+        cfg = MoMConfig(**{**SHAPE, **case, 'block_size': 20})
+        assert names['measured_gib'](cfg, 3, 20) == names['prefill_gib'](cfg, 3, 20, 2) > 0, case
+
+
+# ----------------------------------------------------------------------------- the other modes, as commands
+
+def check_speed(result, tokens, passes):
+    model, *others = result['rows']
+    for row in result['rows']:
+        assert 0 < row['fastest'] <= row['ms'] <= row['slowest'] and row['first s'] > 0 and row['MFU %'] is None
+        assert row['tokens/s'] == pytest.approx(1e3 * tokens / row['ms'], rel=0.01)
+        assert row['GFLOP/s'] == pytest.approx(passes * row['active MFLOPs/token'] * row['tokens/s'] / 1e3, abs=0.06)
+    for other, ratio in zip(others, result['ratios'].values(), strict=True):
+        flops = model['active MFLOPs/token'] / other['active MFLOPs/token']
+        assert ratio['time'] == pytest.approx(model['ms'] / other['ms'], rel=0.02)
+        assert ratio['tokens/s'] == pytest.approx(1 / ratio['time'], rel=0.02)
+        assert ratio['active FLOPs'] == pytest.approx(flops, rel=0.01)
+        assert ratio['time / active FLOPs'] == pytest.approx(ratio['time'] / flops, rel=0.02)
+
+
+def flops(**kw):
+    with torch.device('meta'):
+        return GPT(MoMConfig(**{**SHAPE, **kw})).flops_per_token(24) / 1e6
+
+
+def test_train_beside_transformers():
+    _, result = bench('train', *TINY, '--skip=False', '--compare=hf,vanilla', '--micro_batch=3')
+    assert set(result) == {'mode', 'machine', 'rows', 'ratios'} and list(result['ratios']) == ['vanilla', 'hf']
+    mine, vanilla, hf = result['rows']
+    check_speed(result, 3 * 24, passes=3)
+    assert [row['model'] for row in result['rows']] == ['K2H2', 'GPT-2, ours', 'GPT-2, transformers']
+    assert mine['k_a'] == mine['k_f'] == 2.0 and hf['k_a'] is None and mine['peak GiB'] > 0
+    assert mine['active MFLOPs/token'] == pytest.approx(flops(skip=False), abs=1e-3)
+    assert vanilla['active MFLOPs/token'] == hf['active MFLOPs/token']
+    assert hf['active MFLOPs/token'] == pytest.approx(flops(chunks='1-1-1-1-1-1'), abs=1e-3)
+    theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        n_embd=16, n_layer=6, n_head=2, n_positions=24, vocab_size=50, bos_token_id=0, eos_token_id=0)).num_parameters()
+    assert theirs == hf['parameters'] == vanilla['parameters'] < mine['parameters']
+
+
+def test_forward_of_a_config_file_with_a_profile(tmp_path):
+    stdout, result = bench('forward', 'config/mom_demo.py', '--n_embd=16', '--n_head=2', '--block_size=24', '--H=3',
+                           '--vocab_size=50', '--device=cpu', '--repeats=2', '--profile=True',
+                           f'--trace_dir={tmp_path}')
+    check_speed(result, 4 * 24, passes=1)
+    mine, vanilla = result['rows']
+    assert mine['model'] == 'K2H3S' and 'router_dim' not in stdout and vanilla['model'] == 'GPT-2, ours'
+    assert 'left out, for train.py alone: out_dir, data_dir, max_steps, batch_size' in stdout
+    assert 0 < mine['k_a'] <= 2 and 0 < mine['k_f'] <= 2
+    assert 'aten::addmm' in stdout and result['trace'] == str(tmp_path / 'forward_K2H3S.json')
+    with open(result['trace']) as f:
+        assert json.load(f)['traceEvents']
+
+
+def test_forward_of_trained_weights_that_become_modules(tmp_path):
+    cfg = MoMConfig(**{**SHAPE, 'chunks': '1-1-1-1-1-1'})
+    torch.save({'model': GPT(cfg).state_dict(), 'model_config': asdict(cfg)}, tmp_path / 'best.pt')
+    stdout, result = bench('forward', f'--weights={tmp_path}', '--chunks=1-4-1', '--K=1', '--H=3', '--repeats=1',
+                           '--device=cpu', '--threads=1', '--micro_batch=2')
+    with torch.device('meta'):
+        want = GPT(MoMConfig(**{**SHAPE, 'K': 1, 'H': 3})).num_params()[0]
+    assert result['rows'][0]['model'] == 'K1H3S' and result['rows'][0]['parameters'] == want
+    assert f'{tmp_path} weights' in stdout and 0 <= result['rows'][0]['k_a'] <= 1
+
+
+def test_decode_beside_transformers():
+    _, result = bench('decode', *TINY, '--skip=False', '--compare=hf', '--prompt=4', '--new=20', '--batch=2')
+    assert set(result) == {'mode', 'machine', 'rows', 'ratios', 'bandwidth GB/s'} and result['bandwidth GB/s'] > 0
+    mine, vanilla, hf = result['rows']
+    for row in result['rows']:
+        assert row['ms/step'] == pytest.approx((row['text ms'] - row['prompt ms']) / 19, abs=0.002)
+        assert row['tokens/s'] == pytest.approx(2e3 / row['ms/step'], rel=0.01)
+        assert row['GB/s'] == pytest.approx(row['MB read/step'] / row['ms/step'], abs=0.011)
+    for row, ratio in zip((vanilla, hf), result['ratios'].values(), strict=True):
+        assert ratio['weights read'] == pytest.approx(mine['MB read/step'] / row['MB read/step'], rel=0.01)
+        assert ratio['time / weights read'] == pytest.approx(ratio['time'] / ratio['weights read'], rel=0.01)
+    # a step of a vanilla model reads all of its weights, but one position of the table
+    parameters = vanilla['parameters'] - (24 - 1) * 16
+    assert vanilla['MB read/step'] == hf['MB read/step'] == pytest.approx(4 * parameters / 1e6, abs=1e-3)
+
+
+def test_route():
+    _, result = bench('route', '--tokens=48', '--block_size=24', '--n_embd=16', '--n_head=2', '--router_dim=8',
+                      '--repeats=2', '--device=cpu')
+    rows = result['rows']
+    assert [(row['K'], row['passes'], row['N']) for row in rows] == [(2, 'forward', 4), (2, 'both', 4),
+                                                                    (3, 'forward', 4), (3, 'both', 4)]
+    for row in rows:
+        assert row['k_a'] == row['k_f'] == row['K']  # no SKIP: K modules exactly
+        assert row['efficiency'] == pytest.approx(row['dense ms'] / row['routed ms'], rel=0.5, abs=0.01)
+        assert 0 <= row['idlest'] <= row['K'] / 4 <= row['busiest'] <= 1
+
+
+def test_ablate():
+    _, result = bench('ablate', '--tokens=48', '--block_size=40', '--n_embd=16', '--n_head=2', '--prompt=4', '--new=8',
+                      '--H=2', '--repeats=1', '--device=cpu')
+    assert [(row['what'][:11], row['passes'][:4]) for row in result['rows']] == [
+        (what, passes) for passes in ('forw', 'both') for what in ('as it is', 'q, k, v not', 'not grouped')] + [
+        ('as it is', '8 ne'), ('no cache', '8 ne')]
+    assert all(row['times'] == 1 for row in result['rows'] if row['what'] == 'as it is')
+
+
+def test_a_chunk_without_grouping_computes_the_same(names):
+    torch.manual_seed(0)
+    slow = names['every_module'](MoMConfig(**{**SHAPE, 'chunks': '4'}))
+    torch.manual_seed(0)
+    chunk = GPT(MoMConfig(**{**SHAPE, 'chunks': '4'})).chunks[0]
+    chunk.load_state_dict(slow.state_dict())
+    x = torch.randn(2, 24, 16)
+    assert torch.allclose(slow(x)[0], chunk(x)[0], atol=1e-5)
+
+
+def test_scale():
+    _, result = bench('scale', '--tokens=32', '--n_embd=32', '--repeats=1', '--device=cpu')
+    rows = {row['step']: row for row in result['rows']}
+    assert rows['base']['time'] == rows['base']['FLOPs'] == 1 and rows['H = 4']['FLOPs'] == 2
+    assert rows['N = 8']['FLOPs'] == pytest.approx(1, abs=0.05) and len(rows) == 16
+
+
+def test_saved():
+    _, result = bench('saved', *TINY[:6], '--n_embd=64', '--device=cpu')
+    vanilla, mom = result['rows']
+    assert (vanilla['how many'], mom['how many'], mom['N'], mom['H']) == (2, 1, 4, 2)
+    assert 64 * 2 / 1024 < vanilla['KiB/token'] < mom['KiB/token']
+    assert result['GiB/sequence, checkpointing'] <= result['GiB/sequence']
+
+
+# ----------------------------------------------------------------------------- counts
+
+def test_modules_per_token_and_the_weights_that_they_read(names):
+    cfg = MoMConfig(**SHAPE)
+    with torch.device('meta'):
+        model = GPT(cfg)
+    A = [[[0, 1], [1, 0], [4, 2]],                 # two sequences of three tokens; 4 is SKIP
+         [[0, 1], [2, 3], [2, 4]]]
+    F = [[[4, 0], [1, 2], [3, 1]],
+         [[0, 4], [1, 2], [3, 0]]]
+
+    def decision(kind, step, ids):
+        return Decision(kind, step, 4, torch.tensor(ids).view(6, 2), None, None, None)
+
+    decisions = [[], [decision(kind, h, ids) for h in range(2) for kind, ids in (('A', A), ('F', F))], []]
+    assert names['modules_per_token'](decisions) == pytest.approx((10 / 6, 10 / 6))
+    assert names['modules_per_token']([[], []]) == (None, None)
+
+    C, V = 16, 50
+    qkv, out = 2 * C + C * 3 * C + 3 * C, C * C + C
+    ffn = 2 * C + C * 4 * C + 4 * C + 4 * C * C + C
+    router = 3 * 8 * (C + 8) + 2 * 3 * 8 + 5 * 8    # GRU, its biases, W
+    always = V * C + 2 * C + C + 2 * (qkv + out + ffn) + 2 * 2 * router  # two blocks; two routers at two steps
+    # Position 1: {0,1} and {2,3} are two sums of qkv and four modules; {1,2} twice are two feed-forward modules.
+    # Position 2: {2} twice is one sum and one module; {3,1} and {3,0} are three feed-forward modules.
+    last = always + 2 * (1 * qkv + 1 * out + 3 * ffn)
+    both = (last + always + 2 * (2 * qkv + 4 * out + 2 * ffn)) / 2
+    assert names['weights_read'](model, cfg, decisions, 2, 2) == pytest.approx(4 * last)
+    assert names['weights_read'](model, cfg, decisions, 2, 1) == pytest.approx(4 * both)
+
+
+def test_every_config_file_gives_the_shape_that_its_weights_have(names, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # where there is no run that a config could start from
+    seen = 0
+    for path in glob.glob(os.path.join(config.ROOT, 'config', '[a-z]*.py')):
+        values = config.read_file(path)
+        cfg = MoMConfig(**names['model_settings'](values))
+        assert 'chunks' not in values or cfg.chunks == values['chunks']
+        if values.get('init_from') in ('gpt2', 'gpt2-medium', 'gpt2-large'):
+            seen += 1
+            assert (cfg.n_layer, cfg.n_embd, cfg.n_head) in [(12, 768, 12), (24, 1024, 16), (36, 1280, 20)]
+    assert seen > 9
+    shape = dict(n_embd=16, n_head=2, block_size=24, vocab_size=50)
+    torch.save({'model': {}, 'model_config': asdict(MoMConfig(chunks='1-1-1-1-1-1', **shape))}, tmp_path / 'last.pt')
+    demo = config.read_file(os.path.join(config.ROOT, 'config', 'mom_demo.py'))
+    taken = MoMConfig(**names['model_settings']({**demo, 'init_from': str(tmp_path)}))
+    assert taken == MoMConfig(chunks='1-4-1', K=2, H=4, skip=True, router_dim=64, **shape)
+    assert names['model_settings']({'init_from': str(tmp_path)})['chunks'] == '1-1-1-1-1-1'
+
+
+# ----------------------------------------------------------------------------- mistakes
+
+MISTAKES = {
+    'tablel': "take 'runs', 'table1'", 'table1 --K=3': '--K does nothing in table1: it goes with train',
+    'table1 --size=huge': "'huge' is none of small, medium, large", 'table1 --length=2000': 'at most 1024',
+    'table1 config/mom_demo.py': 'config files go with train, forward, decode and saved',
+    'train config/mom_dema.py': 'did you mean config/mom_demo.py',
+    'train --dtype=fp8': 'none of auto, bfloat16, float32', 'train --compare=nanogpt': 'none of hf, vanilla',
+    'train --micro_batch=0': 'must be at least 1', 'decode --new=1': 'must be at least 2',
+    'decode --prompt=1000 --new=100': 'take fewer', 'decode --compile=True': 'goes with train, forward',
+    'forward --K=9 --chunks=4': 'take K <= 5', 'train --weights=nowhere': 'nor a directory',
+    'route --chunks=1-4-1': 'one chunk of several modules', 'route --tokens=100': 'a multiple of block_size',
+    'train --compare=hf': 'pip install -r requirements-dev.txt'}
+
+
+@pytest.mark.parametrize('argv', MISTAKES)
+def test_mistakes_name_the_fix(argv, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'transformers', None)  # as if it were not installed
+    monkeypatch.chdir(config.ROOT)
+    with pytest.raises(ValueError) as error:
+        script(monkeypatch, *argv.split())
+    assert MISTAKES[argv] in str(error.value) and '\n' not in str(error.value)
+
+
+def test_a_config_file_whose_weights_are_not_here(monkeypatch, tmp_path):
+    (tmp_path / 'a.py').write_text("init_from = 'out/nowhere'\nchunks = '1-4-1'\nlearning_rate = 1.0\n")
+    with pytest.raises(ValueError, match='add --n_head=... --block_size=... --vocab_size=...$'):
+        script(monkeypatch, 'train', str(tmp_path / 'a.py'), '--n_embd=64')

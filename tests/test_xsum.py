@@ -1,0 +1,648 @@
+"""finetune_xsum.py as a user runs it, on toy pairs: a few words, of which the first two are the summary."""
+import csv
+import json
+import os
+import random
+import runpy
+import shutil
+import statistics
+import subprocess
+import sys
+from dataclasses import asdict
+
+import datasets
+import pytest
+import torch
+import transformers
+from rouge_score import rouge_scorer
+from torch.nn import functional as F
+
+import config
+from model import GPT, MoMConfig
+
+SCRIPT = os.path.join(config.ROOT, 'finetune_xsum.py')
+WORDS = 'cat dog sun sea tree bird rain wind fish moon'.split()
+SEP = list(b'\nTL;DR:')
+MODELS = {'vanilla': dict(chunks='1-1-1'), 'mom': dict(chunks='1-2', K=2, H=2, router_dim=8),
+          'mod': dict(chunks='1-1', phi='mod', K=1, router='linear', router_dim=8, capacity=0.5)}
+ONE = ['--epochs=1', '--max_train=21', '--max_eval=6', '--batch_size=10', '--max_new_tokens=12', '--learning_rate=1e-3']
+
+
+def pairs(n, seed):
+    rng = random.Random(seed)
+    for i in range(n):
+        article = [rng.choice(WORDS) for _ in range(rng.randint(2, 4))]
+        yield dict(document=' '.join(article), summary=' '.join(article[:2]), id=f'{seed}-{i}')
+
+
+def write(path, rows):
+    table = datasets.Dataset.from_list(list(rows))
+    {'jsonl': table.to_json, 'parquet': table.to_parquet, 'csv': table.to_csv,
+     'tsv': lambda p: table.to_csv(p, sep='\t')}[str(path).rsplit('.')[-1]](str(path))
+
+
+def long_pair(n):  # too long for 96 tokens by far, with a summary longer than 12
+    return dict(document='It rose! Then ' + 'moon ' * n, summary='a summary that is not short', id=f'long-{n}')
+
+
+@pytest.fixture(scope='session')
+def folder(tmp_path_factory):
+    """Models with random weights, and toy data."""
+    out = tmp_path_factory.mktemp('xsum')
+    for name, shape in MODELS.items():
+        torch.manual_seed(3)
+        model = GPT(MoMConfig(n_embd=64, n_head=2, block_size=96, vocab_size=257, **shape))
+        torch.save(dict(model=model.state_dict(), model_config=asdict(model.cfg), meta={'tokenizer': 'bytes'}),
+                   out / f'{name}.pt')
+    (out / 'toy').mkdir()
+    write(out / 'toy' / 'train.jsonl', [*pairs(3, 1), long_pair(30), *pairs(600, 2)])
+    write(out / 'toy' / 'test.jsonl', [*pairs(2, 4), long_pair(40), *pairs(25, 5)])
+    write(out / 'toy' / 'validation.jsonl', pairs(4, 6))
+    return out
+
+
+def toy(folder, split, n=None):
+    with open(folder / 'toy' / f'{split}.jsonl') as f:
+        return [json.loads(line) for line in f][:n]
+
+
+@pytest.fixture(autouse=True)
+def quiet(monkeypatch, tmp_path_factory):
+    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path_factory.getbasetemp() / 'hf')
+    monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # the script's own goes with the test
+
+
+def command(*args, ranks=1, cache=None):
+    launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks > 1 else []
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_DATASETS_CACHE': str(cache)}
+    done = subprocess.run([sys.executable, *launch, SCRIPT, *map(str, args)], cwd=config.ROOT, env=env,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def run(*args):
+    """The script in this process -> its globals."""
+    before, sys.argv = sys.argv, [SCRIPT, '--device=cpu', *map(str, args)]
+    try:
+        return runpy.run_path(SCRIPT)
+    finally:
+        sys.argv = before
+
+
+def fails(*args):
+    with pytest.raises(ValueError) as error:
+        run(*args)
+    assert str(error.value).count('\n') == 0
+    return str(error.value)
+
+
+def result(out):
+    return json.loads((out / 'results.json').read_text())
+
+
+def scores(out, name, stemming='no'):  # [ROUGE-1, ROUGE-2, ROUGE-L, mean] of a line of the table
+    found, = [values for n, s, values, _ in result(out)['table'] if name in n and s == stemming]
+    return found
+
+
+def summaries(out, seed=1):
+    return [json.loads(line) for line in (out / f'seed{seed}' / 'summaries.jsonl').read_text().splitlines()]
+
+
+def log(out, seed=1):
+    with open(out / f'seed{seed}' / 'log.csv') as f:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+
+
+def google(generated, references, stem):
+    scorer = rouge_scorer.RougeScorer(['rouge1', 'rouge2', 'rougeL'], use_stemmer=stem)
+    each = [scorer.score(r, g) for g, r in zip(generated, references, strict=True)]
+    three = [100 * statistics.fmean(score[key].fmeasure for score in each) for key in ('rouge1', 'rouge2', 'rougeL')]
+    return [*three, sum(three) / 3]
+
+
+@pytest.fixture(scope='session')
+def trained(folder, tmp_path_factory):
+    """One run as a command, long enough to learn to copy."""
+    out = tmp_path_factory.mktemp('trained') / 'run'
+    stdout = command(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={out}',
+                     '--epochs=6', '--batch_size=16', '--micro_batch=16', '--learning_rate=4e-3', '--max_new_tokens=24',
+                     '--paper_row=MoM_P small', '--device=cpu', cache=folder / 'hf')
+    return out, stdout
+
+
+# ----------------------------------------------------------------------------- the whole of it
+
+def test_it_learns_to_summarise(trained, folder, tmp_path):
+    out, stdout = trained
+    loss = result(out)['runs'][0]['held_out_loss']
+    assert len(loss) == 7 and loss[-1] < loss[0] / 4
+    run(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path}', '--epochs=0',
+        '--max_new_tokens=24')
+    assert result(tmp_path)['runs'][0]['held_out_loss'] == [pytest.approx(loss[0], rel=1e-5)]
+    untrained, tuned = scores(tmp_path, 'vanilla.pt, greedy'), scores(out, 'vanilla.pt, greedy')
+    assert untrained[0] < 5 and tuned[0] > 40 and tuned[3] == pytest.approx(sum(tuned[:3]) / 3)
+
+
+def test_report(trained, folder):
+    out, stdout = trained
+    report, rows = result(out), summaries(out)
+    test = toy(folder, 'test')
+    assert [row['id'] for row in rows] == [pair['id'] for pair in test]  # each once, in the order of the split
+    assert [row['reference'] for row in rows] == [pair['summary'] for pair in test]
+    assert all(pair['document'].startswith(row['document'].strip()) for row, pair in zip(rows, test))
+    assert (report['train_pairs'], report['eval_pairs'], report['steps']) == (604, 28, 6 * 38) and len(log(out)) == 228
+    assert report['settings']['length'] == 96 and report['settings']['eval_split'] == 'test'
+    assert report['settings']['dtype'] == 'float32' and report['torch'] == str(torch.__version__)
+    for stemming, stem in (('no', False), ('yes', True)):
+        want = google([row['generated'] for row in rows], [row['reference'] for row in rows], stem)
+        assert scores(out, 'vanilla.pt, greedy', stemming) == pytest.approx(want, abs=1e-3)
+        lead = ['It rose!' if pair['id'].startswith('long') else pair['document'] for pair in test]  # one sentence
+        want = google(lead, [pair['summary'] for pair in test], stem)
+        assert scores(out, 'first sentence', stemming) == pytest.approx(want, abs=1e-3)
+    markdown = (out / 'results.md').read_text()
+    assert '| paper, Table 6, MoM_P small | not said | 21.73 | 6.14 | 17.72 | 15.19 |\n' in markdown
+    assert markdown in stdout
+    assert all(f'reference: {row["reference"]}\n  generated: {row["generated"]}' in stdout for row in rows[:10])
+    lr = [row['lr'] for row in log(out)]
+    assert lr[:24] == pytest.approx([4e-3 * min(n, 23) / 23 for n in range(1, 25)])
+    assert lr[-1] == pytest.approx(4e-3 / 205)
+
+
+def test_the_example_shown_is_what_the_model_sees(trained, folder):
+    pair, = toy(folder, 'train', 1)
+    assert f'{pair["document"]}\nTL;DR:>>> {pair["summary"]}<|endoftext|>\n' in trained[1]
+
+
+def test_what_was_tuned_is_a_source(trained, folder, tmp_path):
+    out, _ = trained
+    run(f'--source={out / "seed1"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path}', '--epochs=0',
+        '--max_new_tokens=24', '--gen_batch=5')
+    assert summaries(tmp_path) == summaries(out)
+    assert result(tmp_path)['runs'][0]['held_out_loss'][0] == pytest.approx(result(out)['runs'][0]['held_out_loss'][-1])
+
+
+# ----------------------------------------------------------------------------- what the model sees
+
+def by_hand(pair):
+    """Inputs and targets of a pair, one list each, straight from the description."""
+    summary = list((' ' + pair['summary']).encode()) + [256]
+    article = list(pair['document'].strip().encode())[:96 - len(SEP) - len(summary)]
+    ids = article + SEP + summary
+    return ids[:-1], [-100] * (len(article) + len(SEP) - 1) + summary
+
+
+def one_by_one(model, pairs):
+    """Mean loss of all summary tokens, a pair at a time and without padding."""
+    losses = []
+    for inputs, targets in map(by_hand, pairs):
+        assert len(inputs) <= 95
+        logits = model(torch.tensor([inputs]))[0][0]
+        losses += [F.cross_entropy(logits[t], torch.tensor(y)) for t, y in enumerate(targets) if y != -100]
+    return torch.stack(losses).mean()
+
+
+def test_the_loss_is_that_of_summary_tokens_alone_and_training_is_adamw_on_it(folder, tmp_path):
+    run(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path}', '--epochs=3',
+        '--max_train=9', '--micro_batch=2', '--batch_size=50', '--max_eval=5', '--max_new_tokens=2', '--grad_clip=0.5',
+        '--learning_rate=1e-3', '--warmup=0.3', '--weight_decay=0.1')
+    model = GPT.from_pretrained(str(folder / 'vanilla.pt'))
+    matrices = [p for p in model.parameters() if p.ndim == 3 or p.ndim == 2 and p.size(0) > 1]  # biases are (1, n)
+    vectors = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    adamw = torch.optim.AdamW([dict(params=matrices, weight_decay=0.1), dict(params=vectors, weight_decay=0.0)])
+    held_out = [one_by_one(model, toy(folder, 'test', 5)).item()]
+    for step, lr in zip(log(tmp_path), (1e-3, 1e-3, 5e-4), strict=True):  # one step up, two down
+        loss = one_by_one(model, toy(folder, 'train', 9))
+        adamw.zero_grad()
+        loss.backward()
+        norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+        assert step['loss'] == pytest.approx(loss.item(), rel=1e-5) and step['norm'] == pytest.approx(norm, rel=1e-4)
+        assert step['lr'] == pytest.approx(lr) and norm > 0.5
+        for p in model.parameters():
+            p.grad *= 0.5 / norm
+        for group in adamw.param_groups:
+            group['lr'] = lr
+        adamw.step()
+        held_out.append(one_by_one(model, toy(folder, 'test', 5)).item())
+    assert result(tmp_path)['runs'][0]['held_out_loss'] == pytest.approx(held_out, rel=1e-4)
+    tuned = torch.load(tmp_path / 'seed1' / 'last.pt', weights_only=True)['model']
+    for name, p in model.state_dict().items():
+        torch.testing.assert_close(tuned[name], p, rtol=1e-3, atol=2e-5)
+
+
+def test_mod_trains_as_it_trains_and_is_evaluated_as_it_generates(folder, tmp_path):
+    run(f'--source={folder / "mod.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path}', '--epochs=1',
+        '--max_train=9', '--batch_size=50', '--max_eval=5', '--max_new_tokens=2')
+    model = GPT.from_pretrained(str(folder / 'mod.pt'))
+    rows = list(map(by_hand, toy(folder, 'train', 9)))
+    longest = max(len(inputs) for inputs, _ in rows)
+    idx = torch.tensor([inputs + [256] * (longest - len(inputs)) for inputs, _ in rows])
+    targets = torch.tensor([targets + [-100] * (longest - len(targets)) for _, targets in rows])
+    training = model.train()(idx, targets)[1].item()
+    held_out = one_by_one(model.eval(), toy(folder, 'test', 5)).item()
+    assert abs(model(idx, targets)[1].item() - training) > 1e-3 * training  # the two modes can be told apart
+    assert log(tmp_path)[0]['loss'] == pytest.approx(training, rel=1e-5)
+    assert result(tmp_path)['runs'][0]['held_out_loss'][0] == pytest.approx(held_out, rel=1e-5)
+
+
+def test_every_epoch_has_every_pair_in_an_order_of_its_own(folder, tmp_path):
+    run(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path}', '--epochs=2',
+        '--max_train=8', '--batch_size=1', '--learning_rate=0', '--seeds=2', '--max_eval=1', '--max_new_tokens=2')
+    model = GPT.from_pretrained(str(folder / 'vanilla.pt'))
+    each = [one_by_one(model, [pair]).item() for pair in toy(folder, 'train', 8)]
+    losses = [row['loss'] for seed in (1, 2) for row in log(tmp_path, seed)]
+    orders = [losses[at:at + 8] for at in range(0, 32, 8)]  # with a learning rate of 0 a loss tells its pair
+    for order in orders:
+        assert sorted(order) == pytest.approx(sorted(each), rel=1e-5)
+    assert len({tuple(order) for order in orders}) == 4
+
+
+def test_the_article_is_cut_never_the_summary(folder, tmp_path):
+    lengths = 1, 50, 68, 69, 70, 86, 87, 88, 500
+    data = [dict(document='m' * n, summary='s' * k, id=0) for n in lengths for k in (1, 40, 85, 86)]
+    write(tmp_path / 'test.jsonl', data)
+    seen = run(f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path}', f'--out_dir={tmp_path / "run"}',
+               '--epochs=0', '--max_new_tokens=20')['held_out']
+    for pair, example in zip(data, seen, strict=True):
+        n, k = len(pair['document']), len(pair['summary'])
+        article = min(n, 96 - 7 - (1 + k + 1))  # the separator; the summary, a space before it, its end
+        assert example.ids.tolist() == [*b'm' * article, *SEP, *b' ', *b's' * k, 256]
+        assert example.first == article + 7
+        assert example.prompt.tolist() == [*b'm' * min(n, 96 - 7 - 20), *SEP]  # and it knows nothing of the summary
+    write(tmp_path / 'test.jsonl', [*data, dict(document='m', summary='s' * 87, id=0)])
+    assert 'test.jsonl, row 37 has a summary of 89 tokens: with the separator it does not fit into 96.' in fails(
+        f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path}', f'--out_dir={tmp_path / "new"}', '--epochs=0',
+        '--max_new_tokens=20')
+
+
+# ----------------------------------------------------------------------------- generation and scores
+
+def test_batches_generate_what_one_by_one_would(trained, folder):
+    out, _ = trained
+    model = GPT.from_pretrained(str(out / 'seed1')).eval()
+    for pair, row in zip(toy(folder, 'test'), summaries(out), strict=True):
+        ids, new = list(pair['document'].strip().encode())[:96 - 7 - 24] + SEP, []
+        while len(new) < 24 and 256 not in new:
+            with torch.no_grad():
+                new.append(model(torch.tensor([ids + new]))[0][0, -1].argmax().item())
+        assert row['generated'] == bytes(i for i in new if i < 256).decode(errors='replace').strip()
+    assert len({len(row['generated']) for row in summaries(out)}) > 2  # they end where they want to
+
+
+def test_ids_that_are_no_tokens_are_not_decoded(folder, tmp_path):
+    torch.manual_seed(0)
+    model = GPT(MoMConfig(n_embd=64, n_head=2, block_size=96, vocab_size=300, **MODELS['vanilla']))
+    with torch.no_grad():  # a padded vocabulary, and a model that likes the last of its ids best
+        model.ln_f.bias.fill_(1.0)
+        model.wte.weight[299] = 1.0
+    torch.save(dict(model=model.state_dict(), model_config=asdict(model.cfg), meta={'tokenizer': 'bytes'}),
+               tmp_path / 'padded.pt')
+    run(f'--source={tmp_path / "padded.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path / "run"}',
+        '--epochs=0', '--max_eval=2', '--max_new_tokens=3')
+    assert [row['generated'] for row in summaries(tmp_path / 'run')] == ['', '']
+
+
+def test_beams(folder, tmp_path):
+    source, found = str(folder / 'vanilla.pt'), []
+    for beams, batch in ((1, 12), (3, 3), (3, 21)):  # three beams: articles one by one, and seven at a time
+        out = tmp_path / f'{beams} {batch}'
+        run(f'--source={source}', f'--data_dir={folder / "toy"}', '--epochs=0', '--max_new_tokens=9', '--max_eval=12',
+            f'--out_dir={out}', f'--beams={beams}', f'--gen_batch={batch}')
+        found.append([row['generated'] for row in summaries(out)])
+    assert found[0] != found[1] == found[2]
+    model = GPT.from_pretrained(source)
+    for pair, generated in zip(toy(folder, 'test', 12), found[1], strict=True):
+        prompt = list(pair['document'].strip().encode())[:96 - 7 - 9] + SEP
+        new = model.generate(torch.tensor([prompt]), 9, beams=3, stop=256)[0, len(prompt):].tolist() + [256]
+        assert generated == bytes(new[:new.index(256)]).decode(errors='replace').strip()
+    assert result(out)['table'][2][0].endswith(', 3 beams')
+    assert '- 3 beams, at most 9 new tokens' in (out / 'results.md').read_text()
+
+
+@pytest.fixture(scope='session')
+def names(folder, tmp_path_factory):
+    """The script's functions, after a short run."""
+    out = tmp_path_factory.mktemp('names') / 'run'
+    return run(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={out}', '--epochs=0',
+               '--max_eval=2', '--max_new_tokens=2')
+
+
+def test_rouge_is_that_of_google(names):
+    rng = random.Random(0)
+    words = 'Run running runs ran, the The cat-cats cat\'s 10,000 £5m naïve café a of ties tied'.split()
+    texts = [' '.join(rng.choices(words, k=rng.randint(1, 12))) for _ in range(60)]
+    texts += ['', '...', 'Same text', 'ünïcode 漢字']
+    references = texts[1:30] + texts[:1] + rng.sample(texts[:60], 30) + ['a', 'b', 'Same text', 'the']
+    scores = names['rouge'](texts, references)
+    for stemming, stem in (('no', False), ('yes', True)):
+        assert scores[stemming] == pytest.approx(google(texts, references, stem), abs=1e-3)
+    assert scores['no'][0] + 1 < scores['yes'][0]
+
+
+@pytest.mark.parametrize('text, first', [
+    ('One went. Two stayed.', 'One went.'), ('No end\nSecond line.', 'No end'), ('It is 3.5 m. He', 'It is 3.5 m.'),
+    ('"Is it?" He asked. So.', '"Is it?"'), ('He left the U.S.A. for good. Then.', 'He left the U.S.A. for good.'),
+    ('Up by £2. £3 more.', 'Up by £2.'), ('Only one.', 'Only one.'), ('“Go!” “No.”', '“Go!”'), ('none', 'none')])
+def test_first_sentence(text, first, names):
+    assert names['first_sentence'](text) == first
+
+
+def test_table_6(names):
+    rows = names['paper']
+    assert len(rows) == 21 and rows['MoE (share) large'] == (28.47, 9.47, 23.23, 20.39)
+    for three in rows.values():
+        assert sum(three[:3]) / 3 == pytest.approx(three[3], abs=0.011)  # the paper rounds now up, now down
+    best = {size: max((row for row in rows if row.endswith(size)), key=lambda row: rows[row][3])
+            for size in ('small', 'medium', 'large')}
+    assert set(best.values()) == {f'MoM_P {size}' for size in best}
+
+
+def test_without_nltk_there_is_no_stemming(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
+    run(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path / "run"}',
+        '--epochs=0', '--max_eval=2', '--max_new_tokens=2')
+    assert [line[1] for line in result(tmp_path / 'run')['table']] == ['no', 'no']
+    assert 'pip install nltk' in (tmp_path / 'run' / 'results.md').read_text()
+
+
+# ----------------------------------------------------------------------------- processes, micro-batches, seeds
+
+@pytest.mark.parametrize('model', MODELS)
+def test_micro_batches_change_nothing_but_rounding(model, folder, tmp_path):
+    args = [f'--source={folder / model}.pt', f'--data_dir={folder / "toy"}', *ONE]
+    for micro in (1, 4, 10):
+        run(*args, f'--micro_batch={micro}', f'--out_dir={tmp_path / str(micro)}')
+    one = log(tmp_path / '1')
+    assert [row['step'] for row in one] == [1, 2, 3]  # the last of one pair
+    for micro in (4, 10):
+        for a, b in zip(one, log(tmp_path / str(micro)), strict=True):
+            assert a['loss'] == pytest.approx(b['loss'], rel=1e-4) and a['norm'] == pytest.approx(b['norm'], rel=1e-3)
+        a, b = (result(tmp_path / str(n))['runs'][0]['held_out_loss'] for n in (1, micro))
+        # MoD's predictor decides here, and its own loss is a mean whose weights depend a little on the micro-batch.
+        assert a == pytest.approx(b, rel=5e-3 if model == 'mod' else 1e-4)
+
+
+def test_two_processes_equal_one(folder, tmp_path):
+    args = [f'--source={folder / "mom.pt"}', f'--data_dir={folder / "toy"}', *ONE]
+    run(*args, f'--out_dir={tmp_path / "one"}')
+    stdout = command(*args, f'--out_dir={tmp_path / "two"}', '--gen_batch=2', '--micro_batch=3', '--device=cpu',
+                     ranks=2, cache=folder / 'hf')
+    assert 'cpu x 2' in stdout and stdout.count('held-out loss, nats') == 1
+    for a, b in zip(log(tmp_path / 'one'), log(tmp_path / 'two'), strict=True):  # in the last, one rank has no pair
+        assert a['loss'] == pytest.approx(b['loss'], rel=1e-4) and a['norm'] == pytest.approx(b['norm'], rel=1e-3)
+    one, two = result(tmp_path / 'one'), result(tmp_path / 'two')
+    assert one['runs'][0]['held_out_loss'] == pytest.approx(two['runs'][0]['held_out_loss'], rel=1e-4)
+    assert two['processes'] == 2 and summaries(tmp_path / 'one') == summaries(tmp_path / 'two')
+
+
+def test_seeds(folder, tmp_path, monkeypatch):
+    rng, asked = random.Random(1), []
+
+    def generate(self, idx, max_new_tokens, **how):  # as if each seed had learnt something else
+        asked.append((how['temperature'], how['beams'], how['stop'], how['lengths'].tolist()))
+        out = torch.full((len(idx), idx.size(1) + max_new_tokens), 256)
+        for row, n in zip(out, how['lengths']):
+            text = list(' '.join(rng.sample(WORDS, 2)).encode())
+            row[n:n + len(text)] = torch.tensor(text)
+        return out
+
+    monkeypatch.setattr(GPT, 'generate', generate)
+    args = [f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path}', *ONE]
+    args += ['--seed=7', '--max_eval=28']
+    run(*args)
+    assert len(asked) == 1 and asked[0][:3] == (0, 1, 256)
+    assert asked[0][3] == sorted(asked[0][3], reverse=True) and asked[0][3][0] == 96 - 12 and len(asked[0][3]) == 28
+    first = log(tmp_path, 7)
+    run(*args, '--seeds=3')  # more seeds go on in the same folder
+    assert len(asked) == 3 and log(tmp_path, 7) == first
+    assert first[0] != log(tmp_path, 8)[0] != log(tmp_path, 9)[0]
+    report = result(tmp_path)
+    assert [r['seed'] for r in report['runs']] == [7, 8, 9]
+    assert report['runs'][0]['held_out_loss'][0] == report['runs'][1]['held_out_loss'][0]  # all start alike
+    for _, stemming, mean, std in report['table'][2:]:
+        for i in range(4):
+            three = [r['rouge'][stemming][i] for r in report['runs']]
+            assert mean[i] == pytest.approx(sum(three) / 3)
+            assert std[i] == pytest.approx((sum((x - mean[i]) ** 2 for x in three) / 2) ** 0.5, abs=1e-9)
+        assert f'| {mean[0]:.2f} ± {std[0]:.2f} |' in (tmp_path / 'results.md').read_text() and std[0] > 0.1
+
+
+# ----------------------------------------------------------------------------- stopping and going on
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(monkeypatch, name, calls):
+    """GPT.<name> raises Stop when it is called once more than `calls` times -> a list with one entry a call."""
+    real, seen = getattr(GPT, name), []
+
+    def stopping(self, idx, *args, **kwargs):
+        if len(seen) == calls:
+            raise Stop
+        seen.append(len(idx))
+        return real(self, idx, *args, **kwargs)
+
+    monkeypatch.setattr(GPT, name, stopping)
+    return seen
+
+
+def test_stopped_in_training_and_resumed_equals_undisturbed_bit_for_bit(folder, tmp_path, monkeypatch):
+    args = [f'--source={folder / "mom.pt"}', f'--data_dir={folder / "toy"}', *ONE, '--epochs=3']
+    run(*args, f'--out_dir={tmp_path / "whole"}')
+    with monkeypatch.context() as patch:
+        # an evaluation of one batch, an epoch of 5 batches (2 + 2 + 1), an evaluation, 2 batches of the second epoch
+        stop_after(patch, 'forward', 1 + 5 + 1 + 2)
+        with pytest.raises(Stop):
+            run(*args, f'--out_dir={tmp_path / "broken"}')
+    saved = torch.load(tmp_path / 'broken' / 'seed1' / 'last.pt', weights_only=True)
+    assert saved['epoch'] == 1 and saved['optimizer'] is not None
+    run(*args, f'--out_dir={tmp_path / "broken"}')
+    whole, broken = (torch.load(tmp_path / n / 'seed1' / 'last.pt', weights_only=True) for n in ('whole', 'broken'))
+    assert all(torch.equal(w, broken['model'][key]) for key, w in whole['model'].items())
+    assert whole['losses'] == broken['losses'] and whole['log'] == broken['log'] and len(whole['log']) == 9
+    assert log(tmp_path / 'whole') == log(tmp_path / 'broken')
+    assert summaries(tmp_path / 'whole') == summaries(tmp_path / 'broken')
+
+
+def test_stopped_in_generation_goes_on_where_it_was(folder, tmp_path, monkeypatch):
+    args = [f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', *ONE, '--gen_batch=2']
+    run(*args, f'--out_dir={tmp_path / "whole"}')
+    out = tmp_path / 'broken'
+    with monkeypatch.context() as patch:
+        stop_after(patch, 'generate', 2)
+        with pytest.raises(Stop):
+            run(*args, f'--out_dir={out}')
+    path = out / 'seed1' / 'summaries.jsonl'
+    assert len(path.read_text().splitlines()) == 4
+    path.write_text(path.read_text()[:-10])  # as a crash would leave it: the fourth line is cut in half
+    with monkeypatch.context() as patch:
+        seen, trained = stop_after(patch, 'generate', 99), stop_after(patch, 'forward', 99)
+        run(*args, f'--out_dir={out}')
+    assert sum(seen) == 3 and not trained  # six less the three whole lines, and no training
+    assert summaries(out) == summaries(tmp_path / 'whole')
+
+
+def test_another_run_in_the_same_folder_is_refused(folder, tmp_path, monkeypatch):
+    data, source, out = tmp_path / 'data', tmp_path / 'source.pt', tmp_path / 'run'
+    shutil.copytree(folder / 'toy', data)
+    shutil.copy(folder / 'vanilla.pt', source)
+    args = [f'--source={source}', f'--data_dir={data}', f'--out_dir={out}', *ONE]
+    run(*args)
+    first = log(out)
+    for extra, message in ((['--learning_rate=0.1'], 'learning_rate=0.001, this one has 0.1'),
+                           (['--eval_split=validation'], "eval_split='test'"), (['--beams=2'], 'beams=1')):
+        refusal = fails(*args, *extra)
+        assert message in refusal and '--overwrite=True' in refusal
+    shutil.copy(trained_weights(folder, tmp_path), source)  # other weights at the same place
+    assert 'weights_sha256=' in fails(*args)
+    shutil.copy(folder / 'vanilla.pt', source)
+    write(data / 'test.jsonl', pairs(6, 77))
+    assert 'data_sha256=' in fails(*args)
+    assert log(out) == first and summaries(out)[0]['id'] == '4-0'
+    with monkeypatch.context() as patch:  # what starts anew and does not get far leaves nothing of the old run
+        stop_after(patch, 'forward', 2)
+        with pytest.raises(Stop):
+            run(*args, '--overwrite=True')
+    run(*args)
+    assert len(log(out)) == 3 and [row['id'] for row in summaries(out)] == [f'77-{i}' for i in range(6)]
+
+
+def trained_weights(folder, tmp_path):
+    state = torch.load(folder / 'vanilla.pt', weights_only=True)
+    state['model']['wte.weight'] += 1e-3
+    torch.save(state, tmp_path / 'other.pt')
+    return tmp_path / 'other.pt'
+
+
+# ----------------------------------------------------------------------------- data
+
+@pytest.mark.parametrize('ending', ['parquet', 'csv', 'tsv'])
+def test_every_format_is_read_alike(ending, folder, tmp_path):
+    rows = [dict(document='A "quoted", text\nof two\tlines', summary='NA', id='007'),
+            dict(document='null', summary='2', id='08'), *pairs(3, 9)]
+    for name in ('jsonl', ending):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / f'test.{name}', rows)
+        run(f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path / name}', '--epochs=0', '--max_new_tokens=2',
+            f'--out_dir={tmp_path / name / "run"}')
+    assert result(tmp_path / 'jsonl' / 'run')['data_sha256'] == result(tmp_path / ending / 'run')['data_sha256']
+    assert summaries(tmp_path / 'jsonl' / 'run') == summaries(tmp_path / ending / 'run')
+    assert [row['id'] for row in summaries(tmp_path / ending / 'run')][:2] == ['007', '08']
+
+
+def test_one_file_is_cut_into_three(folder, tmp_path):
+    write(tmp_path / 'all.jsonl', pairs(40, 8))
+
+    def ids(split, *args):
+        names = run(f'--source={folder / "vanilla.pt"}', f'--data_file={tmp_path / "all.jsonl"}', '--epochs=0',
+                    f'--out_dir={tmp_path / "run"}', '--overwrite=True', '--max_new_tokens=2', '--split=0.7,0.1,0.2',
+                    *args)
+        return [e.id for e in names['read'](split, 0)[0]]
+
+    parts = {split: ids(split) for split in ('train', 'validation', 'test')}
+    assert [len(part) for part in parts.values()] == [28, 4, 8]
+    assert {i for part in parts.values() for i in part} == {f'8-{i}' for i in range(40)}
+    assert ids('test') == parts['test'] and ids('test', '--split_seed=2') != parts['test']
+    assert [row['id'] for row in summaries(tmp_path / 'run')] == ids('test', '--split_seed=2')
+
+
+def test_the_hub(folder, tmp_path, monkeypatch):
+    args = [f'--source={folder / "vanilla.pt"}', f'--out_dir={tmp_path}', *ONE]
+    asked = []
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError('no route')
+
+    def hub(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list([dict(document=' ', summary='x', id='none'), *pairs(22, len(split))])
+
+    monkeypatch.setattr(datasets, 'load_dataset', unreachable)
+    assert 'EdinburghNLP/xsum could not be had from the Hub (no route): give local files, --data_dir=' in fails(*args)
+    assert not os.listdir(tmp_path)
+    monkeypatch.setattr(datasets, 'load_dataset', hub)
+    run(*args)
+    assert asked == [('EdinburghNLP/xsum', 'test'), ('EdinburghNLP/xsum', 'train')]
+    report = result(tmp_path)
+    assert report['rows_without_text'] == {'train': 1, 'eval': 1} and report['train_pairs'] == 21
+    assert [row['id'] for row in summaries(tmp_path)] == [f'4-{i}' for i in range(6)]  # max_eval counts what is used
+
+
+GOOD = '{"document": "a cat", "summary": "cat", "id": 1}\n'
+
+
+@pytest.mark.parametrize('name, text, message', [
+    ('test.jsonl', '', 'test.jsonl is empty or cannot be read'), ('test.jsonl', '\n\n', 'test.jsonl is empty or'),
+    ('test.csv', 'document,summary,id\n', 'test.csv is empty or'), ('test.parquet', 'no', 'cannot be read as parquet'),
+    ('test.jsonl', GOOD + '{"document": "a', 'cannot be read as jsonl in UTF-8'),
+    ('test.csv', b'document,summary\ncaf\xe9,x\n', 'cannot be read as csv in UTF-8'),
+    ('test.jsonl', '{"article": "a cat", "summary": "cat"}\n', "no column 'document', only article, summary"),
+    ('test.csv', 'document,text\na,b\n', "no column 'summary', only document, text"),
+    ('test.jsonl', GOOD + '{"document": "a cat", "summary": " "}\n', "row 2 has no text in 'summary'"),
+    ('test.jsonl', GOOD + GOOD + '{"summary": "a cat"}\n', "row 3 has no text in 'document'"),
+    ('test.jsonl', '{"document": 5, "summary": "cat"}\n', "row 1 has no text in 'document': repair"),
+    ('test.csv', 'document,summary,id\na, b,c,d\n', 'more fields than its header'),
+    ('tset.jsonl', GOOD, 'test.tsv: there is none'), ('test.txt', GOOD, 'give exactly one of')])
+def test_bad_files(name, text, message, folder, tmp_path):
+    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    args = [f'--source={folder / "vanilla.pt"}', f'--out_dir={tmp_path / "run"}', '--epochs=0', '--max_new_tokens=2']
+    sentence = fails(*args, f'--data_dir={tmp_path}')
+    assert message in sentence and str(tmp_path) in sentence and not (tmp_path / 'run').exists()
+
+
+def test_two_files_of_one_split_and_wrong_endings(folder, tmp_path):
+    args = [f'--source={folder / "vanilla.pt"}', f'--out_dir={tmp_path / "run"}', '--epochs=0', '--max_new_tokens=2']
+    for name in ('test.jsonl', 'test.csv', 'all.txt', 'one.jsonl'):
+        (tmp_path / name).write_text(GOOD)
+    assert 'test.jsonl and ' in fails(*args, f'--data_dir={tmp_path}')
+    assert 'unknown ending' in fails(*args, f'--data_file={tmp_path / "all.txt"}')
+    assert 'nothing.csv: there is none' in fails(*args, f'--data_file={tmp_path / "nothing.csv"}')
+    assert 'no row for test: give more rows or other shares' in fails(*args, f'--data_file={tmp_path / "one.jsonl"}')
+
+
+def test_rows_without_text_can_be_left_out(folder, tmp_path):
+    (tmp_path / 'test.jsonl').write_text(GOOD + '{"document": "", "summary": "x", "id": 2}\n' + GOOD.replace('1', '3'))
+    run(f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path}', f'--out_dir={tmp_path / "run"}', '--epochs=0',
+        '--max_new_tokens=2', '--skip_empty=True')
+    assert [row['id'] for row in summaries(tmp_path / 'run')] == ['1', '3']
+    assert result(tmp_path / 'run')['rows_without_text'] == {'train': 0, 'eval': 1}
+
+
+# ----------------------------------------------------------------------------- settings and weights
+
+@pytest.mark.parametrize('args, message', [
+    (['--batch_size=0'], 'batch_size=0 must be at least 1'), (['--warmup=1'], '0 <= warmup < 1'),
+    (['--eval_split=train'], 'one of test, validation'), (['--data_file=x.csv'], 'are both given'),
+    (['--split=0.5,0.5'], 'three shares'), (['--split=0.5,0.5,0.5'], 'three shares'), (['--split=a,1,0'], 'as 0.8,'),
+    (['--split=0.8,0.1.0,0.1'], 'three shares'),
+    (['--paper_row=MoM_P tiny'], 'MoM_P small'), (['--dtype=float16'], 'one of auto, bfloat16, float32'),
+    (['--max_new_tokens=89'], 'take fewer --max_new_tokens'), (['--source=nowhere'], 'nowhere')])
+def test_bad_settings(args, message, folder, tmp_path):
+    assert message in fails(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', '--max_new_tokens=2',
+                            f'--out_dir={tmp_path}', *args)
+    assert not os.listdir(tmp_path)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
+    state = torch.load(folder / 'vanilla.pt', weights_only=True)
+    state['model']['ln_f.weight'][0] = float('nan')
+    torch.save(state, tmp_path / 'nan.pt')
+    assert 'step 1: loss nan' in fails(f'--source={tmp_path / "nan.pt"}', f'--data_dir={folder / "toy"}',
+                                       f'--out_dir={tmp_path / "run"}', *ONE)
+
+
+def test_gpt2_in_hugging_face_format_and_in_bfloat16(folder, tmp_path):
+    shape = dict(n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).save_pretrained(tmp_path / 'hf')
+    run(f'--source={tmp_path / "hf"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path / "run"}', *ONE,
+        '--dtype=bfloat16', '--max_train=8', '--separator= In short:')
+    report = result(tmp_path / 'run')
+    assert report['settings']['length'] == 64 and report['settings']['dtype'] == 'bfloat16'
+    assert torch.load(tmp_path / 'run' / 'seed1' / 'last.pt', weights_only=True)['meta'] == {'tokenizer': 'gpt2'}
+    assert report['runs'][0]['held_out_loss'][0] == pytest.approx(10.82, abs=0.2)  # log of 50,257
+    small = transformers.GPT2Config(**shape, vocab_size=300, bos_token_id=0, eos_token_id=0)
+    transformers.GPT2LMHeadModel(small).save_pretrained(tmp_path / 'small')
+    assert 'give weights that were trained with this tokenizer' in fails(
+        f'--source={tmp_path / "small"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path / "new"}', *ONE)
