@@ -321,8 +321,8 @@ if mode == 'table1':
             raise ValueError(f'--of={of}: Table 1 has K3H1S, K3H2S and K2H6S; a {assembly(cfg)} run has no row in it')
         rates[assembly(cfg)] = float(val[-1]['k_a']), float(val[-1]['k_f'])
     print('A forward pass over 10 x 1,024 tokens with logits at every position. k_a, k_f: modules per token and step.\n'
-          "paper's K_eff: how many of both give the paper's TFLOPs by our formula. merged: what this code computes, with\n"
-          'one q, k, v product a token where subsets of modules are merged. GiB: without the weights, fp32\n'
+          "paper's K_eff: how many of both give the paper's TFLOPs by our formula. merged: what this code computes,\n"
+          'with one q, k, v product a token where subsets are merged. GiB: without the weights, fp32\n'
           "logits, a K and a V per token and executed step; with Q: as the paper's cache comes out, see prefill_gib.")
     if measure:
         print("measured: torch's peak above the weights, activations included" if on_gpu else
