@@ -47,6 +47,7 @@ k_a = 0.0                # table1: attention modules per token and step of the M
 k_f = 0.0                # table1: feed-forward modules likewise
 measure = False          # table1: run a cached prefill of each model and measure its memory
 compare = ''             # train, forward, decode: 'hf' or 'hf,vanilla'; forward and decode of a MoM always have vanilla
+hf_dtype = ''            # decode: the type of transformers' weights, 'float32' or 'bfloat16'; '' is dtype
 profile = False          # train, forward, decode: the operators that take longest, and a trace
 trace_dir = 'out/bench'  # where the trace goes
 # --- how much
@@ -91,7 +92,7 @@ MODEL = {f.name for f in fields(MoMConfig)}
 SPEED = MODEL | {'weights', 'compare', 'profile', 'trace_dir', 'dtype', 'repeats'}
 MODES = {'runs': {'of'}, 'table1': {'of', 'size', 'k_a', 'k_f', 'measure', 'batch', 'length'},
          'train': SPEED | {'micro_batch', 'compile'}, 'forward': SPEED | {'micro_batch', 'compile'},
-         'decode': SPEED | {'batch', 'prompt', 'new'},
+         'decode': SPEED | {'batch', 'prompt', 'new', 'hf_dtype'},
          'route': {'tokens', 'chunks', 'K', 'router', 'router_dim', 'router_weights', 'tau', 'n_embd', 'n_head',
                    'block_size', 'dtype', 'repeats'},
          'ablate': {'tokens', 'chunks', 'K', 'H', 'n_embd', 'n_head', 'block_size', 'repeats', 'prompt', 'new'},
@@ -140,7 +141,8 @@ for key, least in dict(micro_batch=1, length=1, prompt=1, tokens=1, repeats=1, n
                        k_f=0).items():  # new: the first new token comes out of the prompt's pass
     if settings[key] < least:
         raise ValueError(f'{key}={settings[key]} must be at least {least}')
-for key, known in dict(dtype='auto bfloat16 float32', compare='hf vanilla', size='small medium large').items():
+for key, known in dict(dtype='auto bfloat16 float32', hf_dtype='bfloat16 float32', compare='hf vanilla',
+                       size='small medium large').items():
     for value in settings[key].split(','):
         if value not in known.split() and settings[key]:
             raise ValueError(f'{key}={settings[key]!r}: {value!r} is none of {known.replace(" ", ", ")}')
@@ -352,7 +354,7 @@ def build(name, cfg):
 def work(model, name, x, y):
     """What is timed, as functions: {'': a training step or a forward pass}, or the parts of decoding."""
     if mode == 'decode':
-        model.to(real).eval() if name == 'hf' else model.cast(real).eval()
+        model.to(getattr(torch, hf_dtype or dtype)).eval() if name == 'hf' else model.cast(real).eval()
         how = dict(attention_mask=torch.ones_like(x), do_sample=False, pad_token_id=0) if name == 'hf' else {
             'temperature': 0}
         return {part: lambda n=n: model.generate(x, max_new_tokens=n, **how)
@@ -385,7 +387,7 @@ def modules_per_token(decisions):
 
 
 def weights_read(model, cfg, decisions, B, start):
-    """Bytes of weights that a decoding step has to read, the mean over positions from `start` on.
+    """How many weights a decoding step has to read, the mean over positions from `start` on.
 
     decisions: those of B whole sequences. A module counts if any of the sequences takes it; the qkv matrices of the
     modules that a token takes together count once, since their sum is one matrix. Routers count at every step.
@@ -405,7 +407,7 @@ def weights_read(model, cfg, decisions, B, start):
         routers = sum(p.numel() for key, p in chunk.named_parameters() if key.startswith(('router', 'predictor')))
         total += routers * (1 if cfg.router == 'linear' else shape.H)
         total += sum(sizes[part] * n for part, n in reads.items())
-    return total * real.itemsize
+    return total
 
 
 if mode in ('train', 'forward', 'decode'):
@@ -451,7 +453,8 @@ if mode in ('train', 'forward', 'decode'):
             with torch.no_grad(), autocast:
                 decisions = model.features(main()[:, :-1] if mode == 'decode' else x)[1]
         taken = modules_per_token(decisions)
-        costs[name] = round(weights_read(bare, cfg, decisions, x.size(0), prompt) / 1e6 if mode == 'decode' else
+        width = getattr(torch, name == 'hf' and hf_dtype or dtype).itemsize
+        costs[name] = round(weights_read(bare, cfg, decisions, x.size(0), prompt) * width / 1e6 if mode == 'decode' else
                             bare.flops_per_token(cfg.block_size, *taken) / 1e6, 3)
         rows[name] = {'model': labels[name], 'parameters': bare.num_params()[0], 'k_a': rounded(taken[0]),
                       'k_f': rounded(taken[1]), 'peak GiB': rounded(peak and peak / 2**30), 'first s': round(first, 3)}

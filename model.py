@@ -679,7 +679,6 @@ class GPT(nn.Module):
             return F.linear_cross_entropy(x, self.wte.weight, targets, options=torch.nn.LinearCrossEntropyOptions(
                 batch_chunk_size=rows, chunking_method=None, acc_policy='accurate'))
 
-
         def part(x, targets):
             return F.cross_entropy(F.linear(x, self.wte.weight).float(), targets, reduction='sum')
         sums = (checkpoint(part, x, t, use_reentrant=False) if torch.is_grad_enabled() else part(x, t)

@@ -294,8 +294,8 @@ def test_modules_per_token_and_the_weights_that_they_read(names):
     # Position 2: {2} twice is one sum and one module; {3,1} and {3,0} are three feed-forward modules.
     last = always + 2 * (1 * qkv + 1 * out + 3 * ffn)
     both = (last + always + 2 * (2 * qkv + 4 * out + 2 * ffn)) / 2
-    assert names['weights_read'](model, cfg, decisions, 2, 2) == pytest.approx(4 * last)
-    assert names['weights_read'](model, cfg, decisions, 2, 1) == pytest.approx(4 * both)
+    assert names['weights_read'](model, cfg, decisions, 2, 2) == pytest.approx(last)
+    assert names['weights_read'](model, cfg, decisions, 2, 1) == pytest.approx(both)
 
 
 def test_every_config_file_gives_the_shape_that_its_weights_have(names, tmp_path, monkeypatch):
