@@ -11,7 +11,7 @@ import torch
 import config
 from model import GPT, HUB, MoMConfig
 
-SCRIPTS = ['train.py', 'prepare.py', 'sample.py', 'bench.py', 'finetune_xsum.py']
+SCRIPTS = ['train.py', 'prepare.py', 'sample.py', 'bench.py', 'finetune_glue.py', 'finetune_xsum.py']
 
 
 def load(*argv, **scope):
