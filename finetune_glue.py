@@ -25,7 +25,6 @@ has its .json is not done again.
 """
 import copy
 import csv
-import hashlib
 import itertools
 import json
 import math
@@ -424,14 +423,12 @@ def main():
     tokens = min(length, base.cfg.block_size)
     if tokens < 4 or 'length' in given and tokens < length:
         raise ValueError(f'length={length} must be from 4 to the {base.cfg.block_size} positions of {source}')
-    weights = hashlib.sha256(repr(asdict(base.cfg)).encode())
-    for p in base.state_dict().values():
-        weights.update(p.contiguous().numpy())
+    weights = base.fingerprint()[:16]
 
     # All that decides each result, but for rounding. Those that are there are kept; those of other settings are in the
     # way if this command is to make them, and are left out of the table if not.
     data_from = os.path.normpath(data_dir) if data_dir else hub_id
-    plan = [dict(task=name, seed=s, weights=weights.hexdigest()[:16], data=data_from, max_train=max_train,
+    plan = [dict(task=name, seed=s, weights=weights, data=data_from, max_train=max_train,
                  max_eval=max_eval, length=tokens, learning_rate=learning_rate,
                  batch_size=batch_size or t.batch_size, epochs=0 if max_steps else epochs or t.epochs,
                  max_steps=0 if epochs else max_steps or t.max_steps, warmup=warmup, weight_decay=weight_decay,

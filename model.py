@@ -10,13 +10,15 @@ Equation numbers are the paper's.
 Shapes: B batch, T time, M = B*T tokens, C width, N modules of a pool, E = N (+ 1 with SKIP) entries of a router,
 K selected, H steps, R router state, nh heads, hs head size, V vocabulary.
 """
+import hashlib
 import itertools
 import json
 import math
 import os
 import pickle
+import zipfile
 from collections import namedtuple
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 
 import safetensors.torch
 import torch
@@ -62,11 +64,11 @@ class MoMConfig:
             sizes = []
         if not sizes or min(sizes) < 1:
             raise ValueError(f"chunks={self.chunks!r} must be positive numbers joined by '-', such as '1-1-4-1-4-1'")
-        if self.n_embd % self.n_head:
-            raise ValueError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}')
         for key in ('K', 'H', 'experts', 'n_embd', 'n_head', 'block_size', 'vocab_size', 'router_dim'):
             if getattr(self, key) < 1:
                 raise ValueError(f'{key}={getattr(self, key)} must be at least 1')
+        if self.n_embd % self.n_head:
+            raise ValueError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}')
         for key, known in {'phi': PHI, 'router': ('gru', 'mlp', 'linear'),
                            'router_weights': ('linear', 'softmax')}.items():
             if getattr(self, key) not in known:
@@ -810,6 +812,14 @@ class GPT(nn.Module):
                 p.data = p.data.to(dtype)
         return self
 
+    def fingerprint(self):
+        """A SHA-256 of the shape and of all weights: what to compare when two runs should have begun, or ended, alike.
+        Safetensors files have no checksums, so that a flipped bit in one shows here and nowhere else."""
+        digest = hashlib.sha256(repr(asdict(self.cfg)).encode())
+        for w in self.state_dict().values():
+            digest.update(w.detach().cpu().contiguous().view(torch.uint8).numpy())
+        return digest.hexdigest()
+
     def num_params(self):
         """(all parameters, those of the routers); the tied head counts once."""
         routers = [p for name, p in self.named_parameters() if '.router_' in name or '.predictor.' in name]
@@ -882,7 +892,8 @@ class GPT(nn.Module):
 
 # ----------------------------------------------------------------------------- weights in
 
-UNREADABLE = (RuntimeError, EOFError, pickle.UnpicklingError, safetensors.SafetensorError)  # what a broken file raises
+UNREADABLE = (RuntimeError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, pickle.UnpicklingError,
+              safetensors.SafetensorError)  # what a broken file raises
 HUB = {name: f'openai-community/{name}' for name in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')}
 HF_NAMES = {  # Hugging Face's name inside layer h.i -> ours inside chunk i. Both store matrices (in, out)
     'ln_1.weight': 'attn.ln_w', 'ln_1.bias': 'attn.ln_b',
@@ -902,13 +913,26 @@ def load_checkpoint(path):
         path = next((p for p in (os.path.join(path, f) for f in ('best.pt', 'last.pt')) if os.path.isfile(p)), path)
     if not os.path.isfile(path):
         raise ValueError(f'no checkpoint at {path}')
-    try:
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    except UNREADABLE as error:
-        raise ValueError(f'{path} cannot be read ({type(error).__name__}): it is broken or no checkpoint') from error
+    checkpoint = load_file(path)
     if not isinstance(checkpoint, dict) or not {'model', 'model_config'} <= checkpoint.keys():
         raise ValueError(f'{path} is not a checkpoint of train.py')
     return checkpoint
+
+
+def load_file(path):
+    """What torch.save wrote to a file, on the CPU; no code in it is ever run. Raises ValueError if it is broken.
+
+    The file is a zip archive with a checksum of each tensor, which torch itself does not look at.
+    """
+    try:
+        zipped = zipfile.is_zipfile(path)  # torch.save's format since 2020; GPT-2's own pickles are older
+        if zipped:
+            with zipfile.ZipFile(path) as archive:
+                if changed := archive.testzip():
+                    raise zipfile.BadZipFile(f'the checksum of {changed} is wrong')
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
+    except UNREADABLE as error:
+        raise ValueError(f'{path} cannot be read ({type(error).__name__}): it is broken or no checkpoint') from error
 
 
 def read_weights(source):
@@ -925,7 +949,8 @@ def read_weights(source):
 
 
 def download(name):
-    """Fetch GPT-2 `name` from the Hub, or find it in the Hub's local cache -> its directory."""
+    """Fetch GPT-2 `name` from the Hub, or find it in the Hub's local cache -> its directory. The cache names a large
+    file by its SHA-256, which is compared."""
     from huggingface_hub import hf_hub_download
     try:
         for file in ('config.json', 'model.safetensors'):
@@ -933,27 +958,43 @@ def download(name):
     except OSError as error:  # no network, no such file, no access: huggingface_hub derives all of them from it
         raise ValueError(f'{HUB[name]} could not be fetched from the Hugging Face Hub ({type(error).__name__}): give a '
                          'local directory with its config.json and model.safetensors instead of the name') from error
+    blob = os.path.basename(os.path.realpath(path))
+    if len(blob) == 64:
+        with open(path, 'rb') as f:
+            if hashlib.file_digest(f, 'sha256').hexdigest() != blob:
+                raise ValueError(f'{path} is broken (its SHA-256 is not {blob}): delete it, and it is fetched again')
     return os.path.dirname(path)
 
 
 def read_hugging_face(folder, source):
     """A GPT-2 in Hugging Face format -> (state dict of the vanilla model with our names, MoMConfig fields)."""
-    with open(os.path.join(folder, 'config.json'), encoding='utf-8') as f:
-        hf = json.load(f)
+    path = os.path.join(folder, 'config.json')
+    try:
+        with open(path, encoding='utf-8') as f:
+            hf = json.load(f)
+        shape = dict(chunks='-'.join('1' * hf['n_layer']), n_embd=hf['n_embd'], n_head=hf['n_head'],
+                     block_size=hf['n_positions'], vocab_size=hf['vocab_size'])
+        if {type(n) for n in [*shape.values()][1:]} != {int}:
+            raise ValueError(f'sizes must be whole numbers: {shape}')
+    except (ValueError, KeyError, TypeError) as error:  # not JSON, not UTF-8, no GPT-2
+        raise ValueError(f'{path} is not the config.json of a GPT-2 ({error!r}): copy it again') from error
     needed = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
               'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False, 'tie_word_embeddings': True}
     for key, want in needed.items():
         if hf.get(key, want) != want:
-            raise ValueError(f"{folder}/config.json has {key}={hf[key]!r}; GPT-2's is {want!r}: it is another model")
+            raise ValueError(f"{path} has {key}={hf[key]!r}; GPT-2's is {want!r}: it is another model")
     safe, pickled = os.path.join(folder, 'model.safetensors'), os.path.join(folder, 'pytorch_model.bin')
     try:
         if os.path.isfile(safe):
             weights = safetensors.torch.load_file(safe)
         elif os.path.isfile(pickled):
-            weights = torch.load(pickled, map_location='cpu', weights_only=True)
+            weights = load_file(pickled)
         else:
             raise ValueError(f'{folder} holds neither model.safetensors nor pytorch_model.bin')
         weights = {name.removeprefix('transformer.'): w.float() for name, w in weights.items()}
+        for name, w in weights.items():
+            if not w.abs().max() < 1e4:  # GPT-2's largest are about 10; these files have no checksums
+                raise ValueError(f'{name} in {folder} holds {w.abs().max():.3g}: the file is broken, copy it again')
         state = {'wte.weight': weights['wte.weight'], 'wpe.weight': weights['wpe.weight'],
                  'ln_f.weight': weights['ln_f.weight'], 'ln_f.bias': weights['ln_f.bias']}
         for i in range(hf['n_layer']):
@@ -963,8 +1004,7 @@ def read_hugging_face(folder, source):
         raise ValueError(f'the weights in {folder} lack {error}: they are not those of its config.json') from error
     except UNREADABLE as error:
         raise ValueError(f'the weights in {folder} cannot be read ({type(error).__name__}): copy them again') from error
-    return state, dict(chunks='-'.join('1' * hf['n_layer']), n_embd=hf['n_embd'], n_head=hf['n_head'],
-                       block_size=hf['n_positions'], vocab_size=hf['vocab_size'])
+    return state, shape
 
 
 def regroup(state, model, vanilla, source):

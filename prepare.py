@@ -308,6 +308,7 @@ def main():
                 train_bytes=text_bytes - val_bytes, val_bytes=val_bytes, seed=seed,  # UTF-8, without <|endoftext|>
                 train_sha256=config.sha256(os.path.join(out, 'train.bin')),
                 val_sha256=config.sha256(os.path.join(out, 'val.bin')))
+    meta['seal'] = config.seal(meta)
     with config.atomic_write(meta_json) as f:
         f.write(json.dumps(meta, indent=2).encode() + b'\n')
     print(f'{source}: {text_bytes:,} bytes of text, {len(ends):,} of its documents not empty\n'

@@ -3,11 +3,13 @@
   python train.py config/gpt2_demo.py                                  one process, on a GPU or the CPU
   torchrun --nproc_per_node=8 train.py config/mom_medium_k2h6s.py      one process per GPU (NCCL)
   torchrun --nproc_per_node=2 train.py config/mom_demo.py              several processes on the CPU (gloo)
+  torchrun --nproc_per_node=8 train.py config/mom_large_k2h6s.py --fsdp=True    weights sharded over the GPUs
   python train.py --out_dir=out/mom_demo --init_from=resume            go on where that run stopped
 
 The defaults are the paper's recipe (section 4.1). Any setting: in a config file, or as --key=value.
 """
 import csv
+import hashlib
 import itertools
 import json
 import math
@@ -16,16 +18,21 @@ import resource
 import shutil
 import signal
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_map
 
 import config
-from model import GPT, MoMConfig, load_checkpoint
+from model import GPT, MoMConfig, load_checkpoint, regroup
 
 # --- run
 out_dir = 'out/run'                  # checkpoints last.pt and best.pt, and log.csv
@@ -74,6 +81,7 @@ log_every = 1                        # steps between printed lines; log.csv has 
 device = 'auto'                      # 'auto', 'cpu', 'cuda'
 dtype = 'auto'                       # autocast: 'bfloat16', 'float16' or 'float32'; auto is bfloat16 on a GPU
 compile = False                      # torch.compile: the whole model; on the CPU a MoM's vanilla chunks only
+fsdp = False                         # shard weights, gradients and optimizer over the processes (FSDP2)
 checkpointing = False                # keep the chunks' inputs only and compute the rest again: less memory, slower
 # ---
 settings, given = config.load(globals())
@@ -81,16 +89,21 @@ settings, given = config.load(globals())
 # ----------------------------------------------------------------------------- settings, checked before anything long
 
 checkpoint = None
-if init_from == 'resume':
-    checkpoint = load_checkpoint(os.path.join(out_dir, 'last.pt'))
+last_pt, best_pt = os.path.join(out_dir, 'last.pt'), os.path.join(out_dir, 'best.pt')
+restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # torchrun --max_restarts started us anew
+if init_from == 'resume' or restarted and os.path.exists(last_pt):
+    checkpoint = load_checkpoint(last_pt)
+    if not {'optimizer', 'scaler', 'settings', 'step', 'best_loss', 'meta', 'rng'} <= checkpoint.keys():
+        raise ValueError(f'{last_pt} holds weights, but no training to resume: begin one with --init_from={last_pt}')
     # What this command line does not say is as it was. So `--out_dir=... --init_from=resume` is enough.
     was = checkpoint['settings']
     settings.update({k: v for k, v in was.items() if k in settings and (k not in given or k == 'init_from')})
     globals().update(settings)
-elif os.path.exists(os.path.join(out_dir, 'last.pt')) and not overwrite:
+elif os.path.exists(last_pt) and not overwrite:
     raise ValueError(f'{out_dir} holds a run: go on with it (--init_from=resume), take another --out_dir, '
                      'or lose it (--overwrite=True)')
 
+resumed = checkpoint is not None
 rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 for key in ('max_steps', 'batch_size', 'micro_batch', 'block_size', 'eval_every', 'eval_tokens', 'log_every'):
     if settings[key] < 1:
@@ -107,6 +120,9 @@ if device.startswith('cuda') and not torch.cuda.is_available():
 if dtype not in ('auto', 'bfloat16', 'float16', 'float32'):
     raise ValueError(f"dtype={dtype!r} must be 'auto', 'bfloat16', 'float16' or 'float32'")
 dtype = ('bfloat16' if device.startswith('cuda') else 'float32') if dtype == 'auto' else dtype
+if fsdp and (world == 1 or compile or dtype == 'float16'):
+    raise ValueError('fsdp=True shards over several processes (torchrun), and goes with neither compile=True nor '
+                     'dtype=float16: change that, or take --fsdp=False')
 per_rank = batch_size // world
 micro = min(micro_batch, per_rank)  # sequences of one forward pass
 
@@ -121,8 +137,9 @@ def read_meta():
     try:
         with open(path, encoding='utf-8') as f:
             meta = json.load(f)
-        meta['tokenizer'], meta['vocab_size'], meta['val_bytes'], meta['train_sha256']
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        if meta.pop('seal', None) != config.seal(meta):
+            raise ValueError('it was changed')
+    except (ValueError, AttributeError, TypeError) as error:  # not JSON, not UTF-8, no object
         raise ValueError(f'{path} is not one of prepare.py ({type(error).__name__}: {error}): {again}') from error
     for split in ('train', 'val'):
         path = os.path.join(data_dir, f'{split}.bin')
@@ -132,11 +149,19 @@ def read_meta():
         if os.path.getsize(path) != 2 * want:
             raise ValueError(f'{path} has {os.path.getsize(path):,} bytes, but meta.json counts {want:,} tokens of 2 '
                              f'bytes: it is truncated or another file; {again}')
-        tokens = np.memmap(path, dtype='<u2', mode='r')
-        for at in range(0, want, 1 << 24):
-            largest = tokens[at:at + (1 << 24)].max()
-            if largest >= meta['vocab_size']:
-                raise ValueError(f'{path} holds token id {largest}, but vocab_size is {meta["vocab_size"]}: {again}')
+        if int(os.environ.get('LOCAL_RANK', 0)) > 0:
+            continue  # one process of a machine reads it all: seconds for OpenWebText
+        digest = hashlib.sha256()
+        with open(path, 'rb') as f:
+            while piece := f.read(1 << 25):
+                digest.update(piece)
+                largest = np.frombuffer(piece, '<u2').max()
+                if largest >= meta['vocab_size']:
+                    raise ValueError(f'{path} holds token id {largest}, but vocab_size is {meta["vocab_size"]}: '
+                                     f'{again}')
+        if digest.hexdigest() != meta[f'{split}_sha256']:
+            raise ValueError(f'{path} is not the file that prepare.py wrote (its SHA-256 is not that of meta.json): '
+                             f'{again}')
     return meta
 
 
@@ -150,10 +175,15 @@ def sequences(split, offsets):
     return rows[:, :-1], rows[:, 1:]
 
 
+def batch_offsets(step):
+    """Where in train.bin the sequences of a step start: a function of (seed, step) alone. It does not depend on the
+    number of ranks, so a run can resume on more or fewer of them in the same order."""
+    return np.random.default_rng([seed, step]).integers(0, meta['train_tokens'] - block_size, size=batch_size)
+
+
 def train_batches(step):
-    """This rank's micro-batches of a step: a function of (seed, step, rank) alone. The global batch does not
-    depend on the number of ranks, so a run can resume on more or fewer of them in the same order."""
-    offsets = np.random.default_rng([seed, step]).integers(0, meta['train_tokens'] - block_size, size=batch_size)
+    """This rank's micro-batches of a step."""
+    offsets = batch_offsets(step)
     for at in range(rank * per_rank, (rank + 1) * per_rank, micro):
         yield sequences('train', offsets[at:at + micro])
 
@@ -197,7 +227,7 @@ if checkpoint:
         if wanted[key] != value:
             raise ValueError(f'{key}={wanted[key]!r}, but the run in {out_dir} has {value!r}: leave it out to resume')
     raw = GPT(MoMConfig(**wanted))
-    raw.load_state_dict(checkpoint['model'])
+    raw.load_state_dict(regroup(checkpoint['model'], raw, False, last_pt))
 elif init_from == 'scratch':
     raw = GPT(MoMConfig(**{k: settings[k] for k in model_keys}, vocab_size=meta['vocab_size']))
 else:
@@ -213,6 +243,7 @@ for split in ('train', 'val'):
 if not meta['vocab_size'] <= cfg.vocab_size < meta['vocab_size'] + 128:  # some vocabularies are padded a little
     raise ValueError(f'{data_dir} has {meta["vocab_size"]} kinds of token, the weights know {cfg.vocab_size}: '
                      'prepare the text with the tokenizer of the weights')
+weights_sha256 = raw.fingerprint() if is_main else ''
 raw.to(device)
 model = raw
 raw.checkpointing = checkpointing
@@ -222,7 +253,15 @@ elif compile:  # without F.grouped_mm the sizes inside a routed chunk change wit
     for chunk in raw.chunks:
         if chunk.phi in ('vanilla', 'share'):
             chunk.compile()
-if world > 1:
+if fsdp:  # each chunk is gathered when it runs; every tensor is cut along its longest side that can be cut evenly
+    def placement(p):
+        return Shard(max((d for d in range(p.ndim) if p.size(d) % world == 0), key=p.size, default=0))
+    mesh = init_device_mesh(device.split(':')[0], (world,))
+    for part in (*raw.chunks, raw):
+        fully_shard(part, mesh=mesh, shard_placement_fn=placement)
+    register_fsdp_forward_method(raw, 'features')  # evaluation calls it
+    warnings.filterwarnings('ignore', 'FSDP2-wrapped module .* returned a view')  # nothing is done in place on it
+elif world > 1:
     model = DistributedDataParallel(model, device_ids=None if device == 'cpu' else [device])
 optimizer = torch.optim.AdamW(raw.param_groups(weight_decay), lr=learning_rate, betas=(beta1, beta2), fused=True)
 
@@ -263,34 +302,68 @@ def evaluate():
     return loss_sum / (n * block_size), a / a_of if a_of else 1.0, f / f_of if f_of else 1.0
 
 
+def whole(tree):
+    """A sharded tensor, or all of those in a dict, put together on the CPU. Every rank has to call this."""
+    return tree_map(lambda t: t.full_tensor().cpu() if isinstance(t, DTensor) else t, tree)
+
+
+def not_written(path, error):
+    return ValueError(f'{path} could not be written ({error}). The checkpoint of step {saved_step} in {out_dir} is '
+                      f'untouched: make room, then go on with --out_dir={out_dir} --init_from=resume')
+
+
 def save():
-    """Write last.pt whole or not at all; if this is the best validation loss so far, best.pt becomes the same file."""
+    """Write last.pt whole or not at all; if this is the best validation loss so far, best.pt becomes the same file.
+    Sharded weights and moments are put together: the file is the same however many processes wrote it, and how."""
+    global saved_step
+    weights, moments = whole(raw.state_dict()), whole(optimizer.state_dict())
     if not is_main:
         return
-    last, best = os.path.join(out_dir, 'last.pt'), os.path.join(out_dir, 'best.pt')
-    state = dict(model=raw.state_dict(), model_config=asdict(cfg), settings=settings, optimizer=optimizer.state_dict(),
+    state = dict(model=weights, model_config=asdict(cfg), settings=settings, optimizer=moments,
                  scaler=scaler.state_dict(), step=step, val_loss=val_loss, val_step=val_step, best_loss=best_loss,
                  meta=meta, rng=torch.get_rng_state(), torch=str(torch.__version__))
-    with config.atomic_write(last) as f:
-        torch.save(state, f)
-    if val_step == step and val_loss == best_loss:
-        try:  # a hard link costs nothing; some file systems have none
-            os.link(last, best + '.part')
-        except OSError:
-            shutil.copyfile(last, best + '.part')
-        os.replace(best + '.part', best)
+    try:
+        with open(log_path, 'a') as f:
+            os.fsync(f.fileno())  # the log reaches the disk before the checkpoint does
+        with config.atomic_write(last_pt) as f:
+            torch.save(state, f)
+        if val_step == step and val_loss == best_loss:
+            keep_best()
+    except (OSError, RuntimeError) as error:
+        raise not_written(last_pt, error) from error
+    saved_step = step
 
 
-step, val_loss, val_step, best_loss = 0, math.inf, -1, math.inf
+def keep_best():
+    """best.pt becomes the file that last.pt is."""
+    part = best_pt + '.part'
+    if os.path.exists(part):  # a kill in this place left it
+        os.unlink(part)
+    try:  # a hard link costs nothing; some file systems have none
+        os.link(last_pt, part)
+    except OSError:
+        shutil.copyfile(last_pt, part)
+    os.replace(part, best_pt)
+
+
+step, val_loss, val_step, best_loss, saved_step = 0, math.inf, -1, math.inf, 'none'
 if checkpoint:
+    for i, p in enumerate(p for group in optimizer.param_groups for p in group['params']):
+        if isinstance(p, DTensor):
+            checkpoint['optimizer']['state'].get(i, {}).update({
+                k: distribute_tensor(t.to(device), p.device_mesh, p.placements)
+                for k, t in checkpoint['optimizer']['state'].get(i, {}).items() if t.shape == p.shape})
     optimizer.load_state_dict(checkpoint['optimizer'])
     for group, now in zip(optimizer.param_groups, raw.param_groups(weight_decay)):
         group.update(weight_decay=now['weight_decay'], betas=(beta1, beta2))  # this command's, not the checkpoint's
     scaler.load_state_dict(checkpoint['scaler'])
     torch.set_rng_state(checkpoint['rng'])
     step, val_loss, val_step, best_loss = (checkpoint[k] for k in ('step', 'val_loss', 'val_step', 'best_loss'))
+    saved_step = step
     if checkpoint['meta']['train_sha256'] != meta['train_sha256']:
         raise ValueError(f'{data_dir} is not the data that the run in {out_dir} was trained on (train.bin differs)')
+    if is_main and val_step == step and val_loss == best_loss:
+        keep_best()  # a kill between the two files leaves an older best.pt
     checkpoint = None  # frees the memory
 
 # ----------------------------------------------------------------------------- log
@@ -300,17 +373,25 @@ log_path = os.path.join(out_dir, 'log.csv')
 if is_main:
     os.makedirs(out_dir, exist_ok=True)
     kept = []
-    if step > 0 and os.path.exists(log_path):  # steps after the checkpoint are done again
+    if resumed and os.path.exists(log_path):  # steps after the checkpoint are done again
         with open(log_path, newline='') as f:
-            kept = [row for row in csv.DictReader(f) if row['step'] and int(row['step']) <= step]
+            rows = csv.reader(line for line in f if line.endswith('\n'))  # a kill can leave half of the last one
+            kept = [row for row in rows if len(row) == len(COLUMNS) and row[0].isdigit() and int(row[0]) <= step]
+    if not resumed:
+        for path in (last_pt, best_pt):  # overwrite=True: what another run left is not to be taken for this one's
+            if os.path.exists(path):
+                os.unlink(path)
     with config.atomic_write(log_path) as f:
-        f.write('\n'.join(','.join(row) for row in [COLUMNS, *(r.values() for r in kept)]).encode() + b'\n')
+        f.write('\n'.join(','.join(row) for row in [COLUMNS, *kept]).encode() + b'\n')
 
 
 def log(**row):
     if is_main:
-        with open(log_path, 'a', newline='') as f:
-            csv.DictWriter(f, COLUMNS).writerow(row)
+        try:
+            with open(log_path, 'a', newline='') as f:
+                csv.DictWriter(f, COLUMNS).writerow(row)
+        except OSError as error:
+            raise not_written(log_path, error) from error
 
 
 def peak_flops():
@@ -325,9 +406,12 @@ def clock(seconds):
 
 n_params, n_router = raw.num_params()
 say('\n'.join(f'{k} = {v!r}' for k, v in settings.items()))
+say(f'weights at step {step}: SHA-256 {weights_sha256}')
 say(f'\n{n_params:,} parameters, {n_router:,} of them in routers; {cfg.n_layer} layers of modules, depth {cfg.depth}')
 say(f'{device} x {world}, {dtype}; a step is {batch_size} sequences = {batch_size * block_size:,} tokens, '
     f'in {per_rank // micro} forward passes of {micro} sequences per process')
+if fsdp:
+    say(f'sharded: {sum(p.to_local().numel() for p in raw.parameters()):,} parameters per process')
 
 # ----------------------------------------------------------------------------- training
 
@@ -342,7 +426,7 @@ def ask_to_stop(signum, frame):
 signal.signal(signal.SIGTERM, ask_to_stop)
 signal.signal(signal.SIGINT, ask_to_stop)
 flops, peak, bits_per_byte = raw.flops_per_token(block_size, merged=True), peak_flops(), None
-times, started, first_step = [], time.time(), step
+times, started, first_step, skipped = [], time.time(), step, 0
 
 while True:
     if (step % eval_every == 0 or step == max_steps) and val_step != step:
@@ -363,17 +447,23 @@ while True:
     loss_sum = torch.zeros((), device=device)
     for i, (x, y) in enumerate(train_batches(step)):
         last_micro = (i + 1) * micro == per_rank
-        with nullcontext() if world == 1 or last_micro else model.no_sync():  # gradients are reduced once a step
+        if fsdp:
+            model.set_requires_gradient_sync(last_micro)  # gradients are reduced once a step
+        with nullcontext() if world == 1 or fsdp or last_micro else model.no_sync():
             with autocast:
                 loss = model(x, y, want_logits=False)[1] * micro / per_rank
             scaler.scale(loss).backward()
         loss_sum += loss.detach()
     scaler.unscale_(optimizer)
-    grad_norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), grad_clip or math.inf).item()
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(raw.parameters(), grad_clip or math.inf)).item()
     loss, stopping = all_sum(loss_sum.item() / world, float(stop))
-    if not math.isfinite(loss) or (dtype != 'float16' and not math.isfinite(grad_norm)):  # fp16: the scaler skips it
-        raise ValueError(f'step {step + 1}: loss {loss}, gradient norm {grad_norm}. Training stops before the update; '
-                         f'the last good checkpoint is {out_dir}/last.pt')
+    skipped = skipped + 1 if not math.isfinite(grad_norm) else 0
+    if not math.isfinite(loss) or skipped > 20 * (dtype == 'float16'):  # in fp16 the scaler skips a step, and halves
+        offsets = ', '.join(map(str, batch_offsets(step)[:8]))
+        raise ValueError(f'step {step + 1}: loss {loss}, gradient norm {grad_norm}. Training stops before the update. '
+                         f'The batch is train_batches({step}) of seed={seed}: the sequences at tokens {offsets}'
+                         f'{", ..." if batch_size > 8 else ""} of {data_dir}/train.bin. The last good checkpoint is '
+                         f'{last_pt}, of step {saved_step}')
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)

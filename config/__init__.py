@@ -13,6 +13,7 @@ import ast
 import difflib
 import hashlib
 import importlib.util
+import json
 import os
 import re
 import sys
@@ -198,6 +199,11 @@ def atomic_write(path):
     finally:
         if os.path.exists(part):
             os.unlink(part)
+
+
+def seal(facts):
+    """The SHA-256 of a dict of plain values, in hexadecimal. meta.json carries that of its other entries as `seal`."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def sha256(path):

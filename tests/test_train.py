@@ -41,7 +41,7 @@ def write_data(folder, tokens, vocab_size=257):
     meta = dict(format=1, tokenizer='bytes', vocab_size=vocab_size, eot=256, source='a test', documents=1,
                 train_tokens=len(tokens) - val, val_tokens=val, train_bytes=len(tokens) - val, val_bytes=val, seed=0,
                 train_sha256=config.sha256(folder / 'train.bin'), val_sha256=config.sha256(folder / 'val.bin'))
-    (folder / 'meta.json').write_text(json.dumps(meta))
+    (folder / 'meta.json').write_text(json.dumps({**meta, 'seal': config.seal(meta)}))
 
 
 def command(script, *args, ranks=1):
