@@ -892,8 +892,8 @@ class GPT(nn.Module):
 
 # ----------------------------------------------------------------------------- weights in
 
-UNREADABLE = (RuntimeError, EOFError, KeyError, NotImplementedError, zipfile.BadZipFile, pickle.UnpicklingError,
-              safetensors.SafetensorError)  # what a broken file raises
+UNREADABLE = (RuntimeError, EOFError, KeyError, ValueError, OSError, NotImplementedError, zipfile.BadZipFile,
+              pickle.UnpicklingError, safetensors.SafetensorError)  # what a broken file raises
 HUB = {name: f'openai-community/{name}' for name in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')}
 HF_NAMES = {  # Hugging Face's name inside layer h.i -> ours inside chunk i. Both store matrices (in, out)
     'ln_1.weight': 'attn.ln_w', 'ln_1.bias': 'attn.ln_b',
@@ -914,8 +914,12 @@ def load_checkpoint(path):
     if not os.path.isfile(path):
         raise ValueError(f'no checkpoint at {path}')
     checkpoint = load_file(path)
-    if not isinstance(checkpoint, dict) or not {'model', 'model_config'} <= checkpoint.keys():
-        raise ValueError(f'{path} is not a checkpoint of train.py')
+    try:
+        checkpoint['model_config'] = asdict(MoMConfig(**checkpoint['model_config']))
+        if not all(w.is_floating_point() for w in checkpoint['model'].values()):
+            raise TypeError('weights must be floating-point numbers')
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{path} is not a checkpoint of train.py ({error!r})') from error
     return checkpoint
 
 

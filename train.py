@@ -93,11 +93,13 @@ last_pt, best_pt = os.path.join(out_dir, 'last.pt'), os.path.join(out_dir, 'best
 restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # torchrun --max_restarts started us anew
 if init_from == 'resume' or restarted and os.path.exists(last_pt):
     checkpoint = load_checkpoint(last_pt)
-    if not {'optimizer', 'scaler', 'settings', 'step', 'best_loss', 'meta', 'rng'} <= checkpoint.keys():
+    parts = dict(settings=dict, optimizer=dict, scaler=dict, step=int, val_loss=float, val_step=int, best_loss=float,
+                 meta=dict, rng=torch.Tensor)
+    if not all(isinstance(checkpoint.get(k), kind) for k, kind in parts.items()):
         raise ValueError(f'{last_pt} holds weights, but no training to resume: begin one with --init_from={last_pt}')
     # What this command line does not say is as it was. So `--out_dir=... --init_from=resume` is enough.
-    was = checkpoint['settings']
-    settings.update({k: v for k, v in was.items() if k in settings and (k not in given or k == 'init_from')})
+    was = {k: v for k, v in checkpoint['settings'].items() if k in settings and (k not in given or k == 'init_from')}
+    settings.update(was)
     globals().update(settings)
 elif os.path.exists(last_pt) and not overwrite:
     raise ValueError(f'{out_dir} holds a run: go on with it (--init_from=resume), take another --out_dir, '
@@ -348,12 +350,15 @@ def keep_best():
 
 step, val_loss, val_step, best_loss, saved_step = 0, math.inf, -1, math.inf, 'none'
 if checkpoint:
+    moments = checkpoint['optimizer']
     for i, p in enumerate(p for group in optimizer.param_groups for p in group['params']):
+        its = moments['state'].get(i, {})  # empty before the first step
+        if any(t.shape not in ((), p.shape) for t in its.values()):
+            raise ValueError(f'{last_pt} has moments of another model in its optimizer: go on with another checkpoint')
         if isinstance(p, DTensor):
-            checkpoint['optimizer']['state'].get(i, {}).update({
-                k: distribute_tensor(t.to(device), p.device_mesh, p.placements)
-                for k, t in checkpoint['optimizer']['state'].get(i, {}).items() if t.shape == p.shape})
-    optimizer.load_state_dict(checkpoint['optimizer'])
+            its.update({k: distribute_tensor(t.to(device), p.device_mesh, p.placements)
+                        for k, t in its.items() if t.shape == p.shape})
+    optimizer.load_state_dict(moments)
     for group, now in zip(optimizer.param_groups, raw.param_groups(weight_decay)):
         group.update(weight_decay=now['weight_decay'], betas=(beta1, beta2))  # this command's, not the checkpoint's
     scaler.load_state_dict(checkpoint['scaler'])
@@ -364,7 +369,7 @@ if checkpoint:
         raise ValueError(f'{data_dir} is not the data that the run in {out_dir} was trained on (train.bin differs)')
     if is_main and val_step == step and val_loss == best_loss:
         keep_best()  # a kill between the two files leaves an older best.pt
-    checkpoint = None  # frees the memory
+    checkpoint = moments = None  # frees the memory
 
 # ----------------------------------------------------------------------------- log
 
@@ -374,7 +379,7 @@ if is_main:
     os.makedirs(out_dir, exist_ok=True)
     kept = []
     if resumed and os.path.exists(log_path):  # steps after the checkpoint are done again
-        with open(log_path, newline='') as f:
+        with open(log_path, newline='', errors='replace') as f:
             rows = csv.reader(line for line in f if line.endswith('\n'))  # a kill can leave half of the last one
             kept = [row for row in rows if len(row) == len(COLUMNS) and row[0].isdigit() and int(row[0]) <= step]
     if not resumed:

@@ -1,13 +1,14 @@
 """Kill a training with SIGKILL, again and again, in the middle of whatever it does: it must end as if nothing had been.
 
-  python tests/kill.py                     50 kills of one process: five minutes on 2 CPU cores
-  python tests/kill.py --ranks=2           of two processes under torchrun
+  python tests/kill.py                     50 kills of one process: two minutes on 2 CPU cores
+  python tests/kill.py --ranks=2           of two processes at once
 """
 import json
 import os
 import random
+import runpy
 import signal
-import subprocess
+import socket
 import sys
 import tempfile
 import time
@@ -18,6 +19,7 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import config
+import model  # noqa: F401  (imported here once, so that the many short trainings need not)
 
 # ---
 kills = 50   # how often
@@ -30,7 +32,6 @@ settings, given = config.load(globals()) if __name__ == '__main__' else ({}, set
 TINY = ['--chunks=1-1-1-1', '--n_embd=64', '--n_head=2', '--block_size=32', '--batch_size=4', '--eval_tokens=500',
         '--learning_rate=0.003', '--device=cpu', '--log_every=1000']
 MOM = ['--chunks=1-2-1', '--K=2', '--H=2', '--router_dim=8', '--seed=5']
-ENV = {**os.environ, 'OMP_NUM_THREADS': '1'}
 
 
 def write_data(folder, size=100_000):
@@ -53,11 +54,60 @@ def write_data(folder, size=100_000):
         json.dump({**meta, 'seal': config.seal(meta)}, f)
 
 
-def start(args, ranks, out):
-    launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks > 1 else []
-    with open(out, 'w') as f:
-        return subprocess.Popen([sys.executable, *launch, 'train.py', *args], cwd=config.ROOT, env=ENV, stdout=f,
-                                stderr=subprocess.STDOUT, start_new_session=True)
+class Training:
+    """train.py with these arguments in `ranks` forked processes, which have torch already; what they print goes to a
+    file. They are a process group of their own, as under a shell."""
+
+    def __init__(self, args, ranks, output):
+        with socket.socket() as s:
+            s.bind(('localhost', 0))
+            port = s.getsockname()[1]
+        self.status, self.pids, self.output = {}, [], output
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND)
+        for rank in range(ranks):
+            pid = os.fork()
+            if pid == 0:
+                os.setpgid(0, self.pids[0] if rank else 0)  # here and below: whoever comes first
+                os.dup2(file, 1)
+                os.dup2(file, 2)
+                sys.stdout, sys.stderr = open(1, 'w'), open(2, 'w')
+                env = dict(OMP_NUM_THREADS=1, MASTER_ADDR='localhost', MASTER_PORT=port, RANK=rank, LOCAL_RANK=rank,
+                           WORLD_SIZE=ranks)
+                os.environ.update({k: str(v) for k, v in env.items()})
+                torch.set_num_threads(1)
+                os.chdir(config.ROOT)
+                sys.argv, status = ['train.py', *args], 0
+                try:
+                    runpy.run_path('train.py', run_name='__main__')
+                except BaseException:  # as the interpreter does: print it by the hook, leave with 1
+                    sys.excepthook(*sys.exc_info())
+                    status = 1
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+            self.pids.append(pid)
+            os.setpgid(pid, self.pids[0])
+        os.close(file)
+
+    def poll(self, flags=os.WNOHANG):
+        """None while a process runs, else 0, or the exit status of one that failed."""
+        for pid in self.pids:
+            if pid not in self.status:
+                gone, status = os.waitpid(pid, flags)
+                if gone:
+                    self.status[pid] = os.waitstatus_to_exitcode(status)
+        done = [*self.status.values()]
+        return max(done, key=abs) if len(done) == len(self.pids) else None
+
+    def wait(self):
+        return self.poll(0)
+
+    def kill(self, by=signal.SIGKILL):
+        os.killpg(self.pids[0], by)
+
+    def text(self):
+        with open(self.output, encoding='utf-8', errors='replace') as f:
+            return f.read()
 
 
 def modified(path):
@@ -71,13 +121,13 @@ def kill_often(args, out_dir, kills, ranks, rng):
     halves = 0
     for n in range(kills + 1):
         resume = ['--init_from=resume'] if os.path.exists(last) else args
-        process = start([f'--out_dir={out_dir}', *resume], ranks, output)
+        training = Training([f'--out_dir={out_dir}', *resume], ranks, output)
         # When: as soon as a checkpoint is being written, or a moment after the next one or two were, or any time.
         how, before, deadline = rng.choice(['write', 'write', 'after', 'any']), modified(last), time.time() + 120
         if how == 'any':
-            deadline = time.time() + rng.uniform(0, 6)
+            deadline = time.time() + rng.uniform(0, 0.5)
         count, pause = rng.choice([1, 2]), rng.uniform(0, 0.05)
-        while process.poll() is None and time.time() < deadline and n < kills:
+        while training.poll() is None and time.time() < deadline and n < kills:
             if how == 'write' and os.path.exists(last + '.part') and count == 1:
                 break
             if modified(last) > before:
@@ -87,14 +137,13 @@ def kill_often(args, out_dir, kills, ranks, rng):
                     break
                 count = max(count, 1)
         if n == kills:
-            process.wait()
-        if process.poll() is not None:
-            if process.returncode or n < kills:
-                with open(output) as f:
-                    raise RuntimeError(f'after {n} kills the training ended with {process.returncode}:\n{f.read()}')
+            training.wait()
+        if training.poll() is not None:
+            if training.wait() or n < kills:
+                raise RuntimeError(f'after {n} kills the training ended with {training.wait()}:\n{training.text()}')
             return halves
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
+        training.kill()
+        training.wait()
         halves += os.path.exists(last + '.part')
 
 
@@ -123,12 +172,13 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         data, one, whole, killed = (os.path.join(folder, name) for name in ('data', 'one', 'whole', 'killed'))
         write_data(data)
-        args = [*TINY, f'--data_dir={data}', '--eval_every=2', f'--max_steps={30 * kills}']
+        args = [*TINY, f'--data_dir={data}', '--eval_every=2', f'--max_steps={40 * kills}']
         if mom:
-            start([*TINY, f'--data_dir={data}', f'--out_dir={one}', '--max_steps=20'], 1, one + '.output').wait()
+            Training([*TINY, f'--data_dir={data}', f'--out_dir={one}', '--max_steps=20'], 1, one + '.output').wait()
             args += [*MOM, f'--init_from={one}']
-        if start([*args, f'--out_dir={whole}'], ranks, whole + '.output').wait():
-            raise RuntimeError(open(whole + '.output').read())
+        undisturbed = Training([*args, f'--out_dir={whole}'], ranks, whole + '.output')
+        if undisturbed.wait():
+            raise RuntimeError(undisturbed.text())
         halves = kill_often(args, killed, kills, ranks, random.Random(seed))
         wrong = differences(whole, killed)
         print(f'{kills} kills of {ranks} processes, {halves} of them in the middle of a checkpoint; '

@@ -1,0 +1,181 @@
+"""Damage the files that a training reads, at random: each run must refuse them in one sentence, or be unharmed.
+
+  python tests/fuzz.py                     1,000 cases: six minutes on 2 CPU cores
+
+Data, meta.json, checkpoints (to resume, to begin from) and GPT-2 weights in Hugging Face's format are flipped by a bit,
+cut, blanked, scrambled, emptied, deleted, written in another type, or replaced by a file of the same kind. A run that
+goes through has to print the losses of an undamaged one; or, where a format has no checksum (safetensors), a SHA-256 of
+the weights that differs from the good one, so that the damage can be seen.
+"""
+import json
+import os
+import random
+import re
+import shutil
+import sys
+import tempfile
+from collections import Counter
+
+import safetensors.torch
+import torch
+import transformers
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import config
+from tests import kill
+
+# ---
+cases = 1000  # how many
+seed = 1      # of what is damaged, and how
+# ---
+settings, given = config.load(globals()) if __name__ == '__main__' else ({}, set())
+
+
+def train(args, output):
+    """Run train.py -> its exit status; the SHA-256 of weights and the losses that it printed; all that it printed."""
+    training = kill.Training(args, 1, output)
+    status, text = training.wait(), training.text()
+    return status, (re.findall(r'SHA-256 (\w+)', text), re.findall(r'loss ([\d.]+)', text)), text
+
+
+def damage(path, other, rng):
+    """Change the file `path` in one of many ways; other: a file of the same kind. Returns what was done."""
+    with open(path, 'rb') as f:
+        data = bytearray(f.read())
+    at, how = rng.randrange(len(data)), rng.choice(['bit', 'bit', 'bit', 'bits', 'cut', 'zeros', 'noise', 'more',
+                                                    'empty', 'gone', 'type', 'swap'])
+    if how == 'gone':
+        os.unlink(path)
+        return how
+    if how == 'swap':
+        shutil.copyfile(other, path)
+        return how
+    if how == 'type':
+        return how + retype(path, rng)
+    if how in ('bit', 'bits'):
+        for _ in range(1 if how == 'bit' else 20):
+            data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    elif how == 'cut':
+        del data[at:]
+    elif how == 'zeros':
+        data[at:at + 64] = bytes(len(data[at:at + 64]))
+    elif how == 'noise':
+        data[at:at + 64] = rng.randbytes(len(data[at:at + 64]))
+    elif how == 'more':
+        data += rng.randbytes(rng.randrange(1, 100))
+    elif how == 'empty':
+        data.clear()
+    with open(path, 'wb') as f:
+        f.write(data)
+    return how
+
+
+def retype(path, rng):
+    """The same content in another type: ids of 4 bytes, weights as whole numbers, texts for numbers."""
+    if path.endswith('.bin'):
+        with open(path, 'rb') as f:
+            data = f.read()
+        with open(path, 'wb') as f:
+            f.write(b''.join(data[i:i + 2] + b'\0\0' for i in range(0, len(data), 2)))
+        return ' uint32'
+    if path.endswith('.csv'):
+        with open(path) as f:
+            text = f.read()
+        with open(path, 'w', encoding='utf-16') as f:
+            f.write(text)
+        return ' utf-16'
+    if path.endswith('.json'):
+        with open(path) as f:
+            content = json.load(f)
+        key = rng.choice(list(content))
+        content[key] = rng.choice([str(content[key]), None, [content[key]], -1, 2.5])
+        with open(path, 'w') as f:
+            json.dump(content, f)
+        return f' {key}'
+    if path.endswith('.safetensors'):
+        weights = safetensors.torch.load_file(path)
+        name = rng.choice(list(weights))
+        weights[name] = rng.choice([weights[name].long(), weights[name].cfloat(), weights[name][:1].clone()])
+        safetensors.torch.save_file(weights, path)
+        return f' {name}'
+    content = torch.load(path, weights_only=True)
+    key = rng.choice(['model', 'optimizer', 'step', 'model_config', 'meta', 'settings', 'rng', 'one weight', 'moment'])
+    if key == 'one weight':
+        name = rng.choice(list(content['model']))
+        content['model'][name] = content['model'][name].long()
+    elif key == 'moment':
+        content['optimizer']['state'][0]['exp_avg'] = torch.zeros(3)
+    else:
+        content[key] = rng.choice([None, 'text', [1, 2], {}])
+    torch.save(content, path)
+    return f' {key}'
+
+
+def prepare(folder):
+    """Two of each kind of file, and what undamaged runs print -> [(name, path, other path, arguments)], facts."""
+    data, other_data, run, other_run, hf, other_hf = (os.path.join(folder, name) for name in (
+        'data', 'other_data', 'run', 'other_run', 'hf', 'other_hf'))
+    kill.write_data(data, 30_000)
+    kill.write_data(other_data, 32_000)
+    for where, width in ((hf, 32), (other_hf, 48)):
+        transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=width, n_layer=4, n_head=4, n_positions=64,
+                                     vocab_size=257, bos_token_id=0, eos_token_id=0)).save_pretrained(where)
+    base = ['--batch_size=4', '--eval_tokens=400', '--eval_every=2', '--max_steps=4', '--device=cpu', '--block_size=32']
+    shape = ['--chunks=1-2-1', '--K=2', '--H=2', '--router_dim=8']
+    for where, width in ((run, 32), (other_run, 48)):  # stopped after 4 of 6 steps, as it were
+        args = [*base, *shape, f'--n_embd={width}', '--n_head=4', f'--data_dir={data}', f'--out_dir={where}']
+        status, _, text = train(args, where + '.output')
+        if status:
+            raise RuntimeError(text)
+    of_hf = [*base, *shape, f'--data_dir={data}', f'--init_from={hf}']
+    resume = ['--init_from=resume', '--max_steps=6']
+    last, other = os.path.join(run, 'last.pt'), os.path.join(other_run, 'last.pt')
+    kinds = [('train.bin', os.path.join(data, 'train.bin'), os.path.join(other_data, 'train.bin'), of_hf),
+             ('val.bin', os.path.join(data, 'val.bin'), os.path.join(data, 'train.bin'), of_hf),
+             ('meta.json', os.path.join(data, 'meta.json'), os.path.join(other_data, 'meta.json'), of_hf),
+             ('checkpoint, resumed', last, other, resume),
+             ('checkpoint, resumed', last, os.path.join(hf, 'model.safetensors'), resume),
+             ('checkpoint, begun from', os.path.join(run, 'best.pt'), last,
+              [*base, f'--data_dir={data}', f'--init_from={run}']),
+             ('weights', os.path.join(hf, 'model.safetensors'), os.path.join(other_hf, 'model.safetensors'), of_hf),
+             ('config.json', os.path.join(hf, 'config.json'), os.path.join(other_hf, 'config.json'), of_hf),
+             ('log.csv', os.path.join(run, 'log.csv'), os.path.join(data, 'meta.json'), resume)]
+    return kinds
+
+
+def fuzz(cases, seed):
+    """Run that many cases -> (Counter of how they ended, list of descriptions of those that went wrong)."""
+    rng, ends, wrong = random.Random(seed), Counter(), []
+    with tempfile.TemporaryDirectory() as folder:
+        kinds, good = prepare(folder), {}
+        files = os.path.join(folder, 'copy')
+        for case in range(-len(kinds), cases):  # the first ones undamaged
+            name, path, other, args = kinds[case % len(kinds)]
+            shutil.rmtree(files, ignore_errors=True)
+            where = os.path.dirname(path)
+            shutil.copytree(where, files)
+            resumed = '--init_from=resume' in args
+            args = [arg.replace(where, files) for arg in args]
+            args.append(f'--out_dir={files if resumed else os.path.join(folder, "out")}')
+            args.append('--overwrite=True')
+            how = '' if case < 0 else damage(os.path.join(files, os.path.basename(path)), other, rng)
+            status, facts, text = train(args, os.path.join(folder, 'output'))
+            if case < 0:
+                if status or not all(facts):
+                    raise RuntimeError(f'{name} is undamaged, but: {text}')
+                good[case % len(kinds)] = facts
+            elif status and text.count('\n') == 1 and text.startswith('train.py: error: '):
+                ends[f'{name}: refused'] += 1
+            elif not status and facts == good[case % len(kinds)]:
+                ends[f'{name}: unharmed'] += 1
+            elif not status and facts[0] and facts[0] != good[case % len(kinds)][0]:
+                ends[f'{name}: other weights, and their SHA-256 says so'] += 1
+            else:
+                wrong.append(f'case {case}: {name}, {how}: status {status}\n{text[-1500:]}')
+    return ends, wrong
+
+
+if __name__ == '__main__':
+    ends, wrong = fuzz(cases, seed)
+    print('\n'.join([*(f'{n:5} {end}' for end, n in sorted(ends.items())), *wrong, f'{len(wrong)} of {cases} wrong']))
+    sys.exit(bool(wrong))

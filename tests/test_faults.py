@@ -1,0 +1,267 @@
+"""Faults: what happens to long runs, done to short ones. tests/kill.py and tests/fuzz.py run longer by hand."""
+import csv
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import config
+from tests import fuzz, kill
+
+BASE = [*kill.TINY, '--log_every=1', '--eval_every=4', '--max_steps=16', '--batch_size=8', '--micro_batch=2']
+RESUME = ['--init_from=resume']
+ENV = {**os.environ, 'OMP_NUM_THREADS': '1'}
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('data')
+    kill.write_data(folder)
+    return folder
+
+
+def train(out, *args, ranks=1, fails=False):
+    training = kill.Training([*map(str, args), f'--out_dir={out}'], ranks, f'{out}.output')
+    assert (training.wait() != 0) == fails, training.text()
+    return training.text()
+
+
+@pytest.fixture(scope='module')
+def one(data, tmp_path_factory):
+    """Phase one, one process."""
+    out = tmp_path_factory.mktemp('one') / 'run'
+    train(out, *BASE, f'--data_dir={data}')
+    return out
+
+
+@pytest.fixture(scope='module')
+def phase_two(data, one):
+    return [*BASE, *kill.MOM, f'--data_dir={data}', f'--init_from={one}']
+
+
+@pytest.fixture(scope='module')
+def whole(phase_two, tmp_path_factory):
+    """Phase two, one process."""
+    out = tmp_path_factory.mktemp('whole') / 'run'
+    train(out, *phase_two)
+    return out
+
+
+@pytest.fixture(scope='module')
+def whole_2(phase_two, tmp_path_factory):
+    """Phase two, two processes."""
+    out = tmp_path_factory.mktemp('whole_2') / 'run'
+    train(out, *phase_two, ranks=2)
+    return out
+
+
+def stop_at(step, out, *args, ranks=1, by=signal.SIGTERM):
+    """Start a training, send it a signal after that step, wait -> exit status, what it printed."""
+    training = kill.Training([*map(str, args), f'--out_dir={out}'], ranks, f'{out}.output')
+    while f'\n{step}/16 | loss' not in training.text():
+        assert training.poll() is None, training.text()
+        time.sleep(0.005)
+    training.kill(by)  # all processes get it, as from Ctrl-C and from torchrun
+    return training.wait(), training.text()
+
+
+def last(out, file='last.pt'):
+    return torch.load(out / file, weights_only=True)
+
+
+def close(a, b, rel):
+    """Two runs with the same batches: weights equal to rounding, losses of the log too."""
+    for name, w in last(a)['model'].items():
+        if not name.endswith('qkv_b'):  # a key's bias changes no softmax: its gradient is rounding, enlarged by AdamW
+            assert torch.allclose(w, last(b)['model'][name], rtol=rel, atol=rel), name
+    with open(a / 'log.csv') as f, open(b / 'log.csv') as g:
+        for mine, other in zip(csv.DictReader(f), csv.DictReader(g), strict=True):
+            for key in ('step', 'loss', 'lr', 'grad_norm', 'val_loss'):
+                assert float(mine[key] or 0) == pytest.approx(float(other[key] or 0), rel=10 * rel), (mine, other)
+
+
+# ----------------------------------------------------------------------------- stop, kill, resume
+
+def test_killed_at_any_moment_and_resumed_equals_undisturbed(data, one, tmp_path):
+    args = [*kill.TINY, *kill.MOM, f'--data_dir={data}', f'--init_from={one}', '--eval_every=2', '--max_steps=120']
+    train(tmp_path / 'whole', *args)
+    kill.kill_often(args, str(tmp_path / 'killed'), 3, 1, random.Random(2))
+    assert kill.differences(tmp_path / 'whole', tmp_path / 'killed') == []
+
+
+def test_killed_between_its_two_files(whole, tmp_path):
+    """last.pt is new, best.pt is old, or half made: resuming mends it."""
+    shutil.copytree(whole, tmp_path / 'run')
+    state = last(whole)
+    assert state['val_loss'] == state['best_loss'] and state['val_step'] == 16  # it is the best
+    (tmp_path / 'run' / 'best.pt').write_bytes(b'old')
+    (tmp_path / 'run' / 'best.pt.part').write_bytes(b'half')
+    train(tmp_path / 'run', *RESUME)
+    assert kill.differences(whole, tmp_path / 'run') == []
+
+
+def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(whole, phase_two, tmp_path):
+    status, text = stop_at(5, tmp_path / 'run', *phase_two, by=signal.SIGINT)
+    stopped = last(tmp_path / 'run')['step']
+    assert status == 0 and 5 <= stopped < 16
+    assert f'python train.py --out_dir={tmp_path / "run"} --init_from=resume' in text
+    assert 'Traceback' not in text
+    train(tmp_path / 'run', *RESUME)
+    assert kill.differences(whole, tmp_path / 'run') == []
+
+
+def test_two_processes_stopped_and_resumed_equal_two_undisturbed(whole_2, phase_two, tmp_path):
+    _, text = stop_at(6, tmp_path / 'run', *phase_two, ranks=2)
+    assert 6 <= last(tmp_path / 'run')['step'] < 16 and '--init_from=resume' in text, text
+    train(tmp_path / 'run', *RESUME, ranks=2)
+    assert kill.differences(whole_2, tmp_path / 'run') == []
+
+
+@pytest.mark.parametrize('before, after', [(1, 2), (2, 1)])
+def test_the_number_of_processes_can_change(before, after, whole, phase_two, tmp_path):
+    status, _ = stop_at(5, tmp_path / 'run', *phase_two, ranks=before)
+    assert 5 <= last(tmp_path / 'run')['step'] < 16
+    train(tmp_path / 'run', *RESUME, ranks=after)
+    close(whole, tmp_path / 'run', 1e-4)  # the same batches in the same order: another one moves the loss by 1e-2
+
+
+def test_a_process_that_dies_is_started_again_by_torchrun(whole_2, phase_two, tmp_path):
+    out, output = tmp_path / 'run', tmp_path / 'output'
+    with open(output, 'w') as f:
+        agent = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--max_restarts=1',
+                                  '--nproc_per_node=2', 'train.py', *map(str, phase_two), f'--out_dir={out}'],
+                                 cwd=config.ROOT, env=ENV, stdout=f, stderr=subprocess.STDOUT)
+    while '\n9/16 | loss' not in output.read_text():
+        assert agent.poll() is None, output.read_text()
+        time.sleep(0.005)
+    workers = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(agent.pid)], capture_output=True, text=True).stdout
+    os.kill(int(workers.split()[-1]), signal.SIGKILL)
+    assert agent.wait() == 0, output.read_text()
+    assert len(re.findall('weights at step', output.read_text())) == 2
+    assert kill.differences(whole_2, out) == []
+
+
+def test_evaluation_changes_no_step_of_phase_two(whole, phase_two, tmp_path):
+    train(tmp_path / 'run', *phase_two, '--eval_every=3', '--eval_tokens=77')
+    for key in ('model', 'optimizer', 'rng'):
+        assert fuzz.json.dumps(str(last(whole)[key])) == fuzz.json.dumps(str(last(tmp_path / 'run')[key])), key
+
+
+# ----------------------------------------------------------------------------- full disks, broken files
+
+def test_a_full_disk_leaves_the_previous_checkpoint(whole, phase_two, tmp_path):
+    """A file may grow to 300 kB, too little for a checkpoint: the kernel refuses to write on, as on a full disk."""
+    out = tmp_path / 'run'
+    stop_at(5, out, *phase_two)
+    before = (out / 'last.pt').read_bytes()
+    assert len(before) > 300_000
+    limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))  # noqa: E731
+    done = subprocess.run([sys.executable, 'train.py', f'--out_dir={out}', *RESUME], cwd=config.ROOT, env=ENV,
+                          preexec_fn=limit, capture_output=True, text=True)
+    assert done.returncode == 1 and done.stderr.count('\n') == 1, done.stderr
+    assert 'last.pt could not be written' in done.stderr and 'make room, then go on with' in done.stderr
+    assert f'The checkpoint of step {last(out)["step"]}' in done.stderr
+    assert (out / 'last.pt').read_bytes() == before and not (out / 'last.pt.part').exists()
+    train(out, *RESUME)
+    assert kill.differences(whole, out) == []
+
+
+def test_damaged_files_are_refused_or_harmless():
+    ends, wrong = fuzz.fuzz(72, seed=3)
+    assert not wrong, '\n\n'.join(wrong)
+    refused = sum(n for end, n in ends.items() if 'refused' in end)
+    assert refused > 36, ends  # most damage hurts, so a run that swallowed it would be seen
+
+
+def test_a_damaged_checkpoint_is_seen_though_torch_loads_it(whole, tmp_path):
+    shutil.copytree(whole, tmp_path / 'run')
+    path = tmp_path / 'run' / 'last.pt'
+    raw = bytearray(path.read_bytes())
+    at = raw.find(last(whole)['model']['wte.weight'].numpy().tobytes()[:64])
+    raw[at + 2] ^= 1
+    path.write_bytes(raw)
+    assert not torch.equal(last(tmp_path / 'run')['model']['wte.weight'], last(whole)['model']['wte.weight'])
+    assert 'cannot be read (BadZipFile)' in train(tmp_path / 'run', *RESUME, fails=True)
+
+
+def test_a_checkpoint_with_code_in_it_is_refused(data, whole, tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.system, (f'touch {tmp_path}/ran',)
+    (tmp_path / 'run').mkdir()
+    torch.save({**last(whole), 'settings': Evil()}, tmp_path / 'run' / 'last.pt')
+    for args in (RESUME, [*BASE, f'--data_dir={data}', f'--init_from={tmp_path / "run"}', '--overwrite=True']):
+        assert 'cannot be read (UnpicklingError)' in train(tmp_path / 'run', *args, fails=True)
+    assert not (tmp_path / 'ran').exists()
+
+
+# ----------------------------------------------------------------------------- numbers
+
+def test_a_gradient_that_is_not_finite_stops_the_run(whole, phase_two, tmp_path):
+    out = tmp_path / 'run'
+    stop_at(5, out, *phase_two)
+    state = last(out)
+    name = 'chunks.1.ffn.proj_w'
+    state['model'][name][0, 0, 0] = 3e38  # the loss stays finite: LayerNorm divides by it; its square does not
+    torch.save(state, out / 'last.pt')
+    text = train(out, *RESUME, fails=True)
+    step = state['step']
+    assert f'step {step + 1}: loss ' in text and 'Training stops before the update' in text
+    assert f'train_batches({step}) of seed=5: the sequences at tokens ' in text
+    assert f'last.pt, of step {step}' in text and last(out)['step'] == step
+
+
+def test_float16_saves_its_scaler_and_resumes_bit_for_bit(data, tmp_path):
+    args = [*BASE, f'--data_dir={data}', '--dtype=float16']
+    train(tmp_path / 'whole', *args)
+    stop_at(5, tmp_path / 'run', *args)
+    assert last(tmp_path / 'run')['scaler']['scale'] > 1
+    train(tmp_path / 'run', *RESUME)
+    assert kill.differences(tmp_path / 'whole', tmp_path / 'run') == []
+    assert last(tmp_path / 'whole')['scaler']['_growth_tracker'] > 0
+
+
+# ----------------------------------------------------------------------------- sharding
+
+@pytest.fixture(scope='module')
+def sharded(phase_two, tmp_path_factory):
+    out = tmp_path_factory.mktemp('sharded') / 'run'
+    return out, train(out, *phase_two, '--fsdp=True', ranks=2)
+
+
+def test_sharded_training_equals_the_other(whole_2, sharded):
+    out, text = sharded
+    close(whole_2, out, 1e-4)
+    total, = re.findall(r'\n([\d,]+) parameters', text)
+    mine, = re.findall(r'sharded: ([\d,]+) parameters per process', text)
+    total, mine = (int(n.replace(',', '')) for n in (total, mine))
+    assert total / 2 <= mine < 0.55 * total
+
+
+def test_sharded_checkpoints_are_the_same_files(whole_2, sharded, phase_two, tmp_path):
+    mine, other = last(sharded[0]), last(whole_2)
+    assert mine.keys() == other.keys() and mine['model'].keys() == other['model'].keys()
+    for i, moments in other['optimizer']['state'].items():
+        for key, t in moments.items():
+            assert torch.allclose(mine['optimizer']['state'][i][key], t, rtol=1e-3, atol=1e-6), (i, key)
+    stop_at(5, tmp_path / 'run', *phase_two, '--fsdp=True', ranks=2)
+    shutil.copytree(tmp_path / 'run', tmp_path / 'alone')
+    train(tmp_path / 'run', *RESUME, ranks=2)  # sharded, and again sharded
+    assert kill.differences(sharded[0], tmp_path / 'run') == []
+    train(tmp_path / 'alone', *RESUME, '--fsdp=False')  # sharded, then one process
+    close(whole_2, tmp_path / 'alone', 1e-4)
+    stop_at(5, tmp_path / 'back', *phase_two)
+    train(tmp_path / 'back', *RESUME, '--fsdp=True', '--checkpointing=True', ranks=2)  # one process, then sharded
+    close(whole_2, tmp_path / 'back', 1e-4)
+
+
+def test_sharding_needs_company(phase_two, tmp_path):
+    assert 'over several processes (torchrun)' in train(tmp_path / 'run', *phase_two, '--fsdp=True', fails=True)
