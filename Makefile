@@ -42,7 +42,7 @@ data/sotu_bytes/meta.json: $(VENV)/installed
 
 test: $(VENV)/installed-dev
 	$(PY) -m ruff check .
-	$(PY) -m pytest -q
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist loadfile
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)

@@ -10,6 +10,7 @@ results.md and results.json, and of each seed last.pt, log.csv and summaries.jso
 """
 import glob
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -291,9 +292,14 @@ def losses_of(examples):
             ids = torch.from_numpy(e.ids.astype(np.int64))
             idx[b, :len(ids) - 1] = ids[:-1]
             targets[b, e.first - 1:len(ids) - 1] = ids[e.first:]
+        counted = (targets.flatten() >= 0).nonzero().T  # (1, n): the head and the logits for these alone
         with autocast:
-            loss = model(idx.to(device), targets.to(device), want_logits=False)[1]
-        yield loss * ((targets >= 0).sum().item() / total)
+            x, decisions = model.features(idx.to(device))
+            loss = model.loss(x.flatten(0, 1)[counted.to(device)], targets.flatten()[counted].to(device))
+        for decision in itertools.chain(*decisions):
+            if decision.aux is not None:
+                loss = loss + (decision.aux - decision.aux.detach())  # as GPT.forward does: its gradient alone
+        yield loss * (counted.numel() / total)
 
 
 def all_sum(number):

@@ -453,7 +453,7 @@ def test_stopped_in_training_and_resumed_equals_undisturbed_bit_for_bit(folder, 
     run(*args, f'--out_dir={tmp_path / "whole"}')
     with monkeypatch.context() as patch:
         # an evaluation of one batch, an epoch of 5 batches (2 + 2 + 1), an evaluation, 2 batches of the second epoch
-        stop_after(patch, 'forward', 1 + 5 + 1 + 2)
+        stop_after(patch, 'loss', 1 + 5 + 1 + 2)
         with pytest.raises(Stop):
             run(*args, f'--out_dir={tmp_path / "broken"}')
     saved = torch.load(tmp_path / 'broken' / 'seed1' / 'last.pt', weights_only=True)
@@ -478,7 +478,7 @@ def test_stopped_in_generation_goes_on_where_it_was(folder, tmp_path, monkeypatc
     assert len(path.read_text().splitlines()) == 4
     path.write_text(path.read_text()[:-10])  # as a crash would leave it: the fourth line is cut in half
     with monkeypatch.context() as patch:
-        seen, trained = stop_after(patch, 'generate', 99), stop_after(patch, 'forward', 99)
+        seen, trained = stop_after(patch, 'generate', 99), stop_after(patch, 'loss', 99)
         run(*args, f'--out_dir={out}')
     assert sum(seen) == 3 and not trained  # six less the three whole lines, and no training
     assert summaries(out) == summaries(tmp_path / 'whole')
@@ -502,7 +502,7 @@ def test_another_run_in_the_same_folder_is_refused(folder, tmp_path, monkeypatch
     assert 'data_sha256=' in fails(*args)
     assert log(out) == first and summaries(out)[0]['id'] == '4-0'
     with monkeypatch.context() as patch:  # what starts anew and does not get far leaves nothing of the old run
-        stop_after(patch, 'forward', 2)
+        stop_after(patch, 'loss', 2)
         with pytest.raises(Stop):
             run(*args, '--overwrite=True')
     run(*args)
