@@ -282,7 +282,8 @@ def evaluate():
     """Validation on all ranks -> (mean loss in nats per token, modules per token and step: attention, feed-forward).
 
     The sequences are evenly spread over val.bin and never drawn at random: no evaluation changes a training step,
-    and the loss is the mean over all of their tokens, whatever the number of ranks.
+    and the loss is the mean over all of their tokens, whatever the number of ranks. None if a signal interrupts it:
+    it may take longer than who sent the signal waits, and is done again after resuming.
     """
     picks = dict.fromkeys(('A', 'A of', 'F', 'F of'), 0)  # real modules (SKIP is none), and tokens they were picked for
     room = (meta['val_tokens'] - 1) // block_size
@@ -291,6 +292,8 @@ def evaluate():
     loss_sum = 0.0
     raw.eval()  # MoD chooses its tokens without looking at the future
     for at in range(0, len(mine), micro):
+        if stop:
+            break
         x, y = sequences('val', mine[at:at + micro])
         with autocast:
             x, decisions = raw.features(x)
@@ -300,13 +303,18 @@ def evaluate():
                 picks[kind] += (decision.ids < decision.N).sum().item()
                 picks[f'{kind} of'] += len(decision.ids)
     raw.train()
-    loss_sum, a, a_of, f, f_of = all_sum(loss_sum, *picks.values())
+    stopping, loss_sum, a, a_of, f, f_of = all_sum(float(stop), loss_sum, *picks.values())
+    if stopping:
+        return None
     return loss_sum / (n * block_size), a / a_of if a_of else 1.0, f / f_of if f_of else 1.0
 
 
 def whole(tree):
-    """A sharded tensor, or all of those in a dict, put together on the CPU. Every rank has to call this."""
-    return tree_map(lambda t: t.full_tensor().cpu() if isinstance(t, DTensor) else t, tree)
+    """A dict with its sharded tensors put together, on the CPU of the first rank. Every rank has to call this."""
+    def gather(t):
+        full = t.full_tensor() if isinstance(t, DTensor) else t
+        return full.cpu() if is_main and full is not t else t
+    return tree_map(gather, tree)
 
 
 def not_written(path, error):
@@ -431,11 +439,15 @@ def ask_to_stop(signum, frame):
 signal.signal(signal.SIGTERM, ask_to_stop)
 signal.signal(signal.SIGINT, ask_to_stop)
 flops, peak, bits_per_byte = raw.flops_per_token(block_size, merged=True), peak_flops(), None
-times, started, first_step, skipped = [], time.time(), step, 0
+times, started, first_step, skipped, stopping = [], time.time(), step, 0, False
 
-while True:
+while not stopping:
     if (step % eval_every == 0 or step == max_steps) and val_step != step:
-        val_loss, k_a, k_f = evaluate()
+        measured = evaluate()
+        if measured is None:
+            stopping = True
+            continue
+        val_loss, k_a, k_f = measured
         val_step, best_loss = step, min(best_loss, val_loss)
         bits_per_byte = val_loss / math.log(2) * meta['val_tokens'] / meta['val_bytes']
         flops = raw.flops_per_token(block_size, k_a, k_f, merged=True)  # what SKIP and merging save is no work done
@@ -460,7 +472,8 @@ while True:
             scaler.scale(loss).backward()
         loss_sum += loss.detach()
     scaler.unscale_(optimizer)
-    grad_norm = whole(torch.nn.utils.clip_grad_norm_(raw.parameters(), grad_clip or math.inf)).item()
+    norm = torch.nn.utils.clip_grad_norm_(raw.parameters(), grad_clip or math.inf)
+    grad_norm = (norm.full_tensor() if fsdp else norm).item()
     loss, stopping = all_sum(loss_sum.item() / world, float(stop))
     skipped = skipped + 1 if not math.isfinite(grad_norm) else 0
     if not math.isfinite(loss) or skipped > 20 * (dtype == 'float16'):  # in fp16 the scaler skips a step, and halves
@@ -475,20 +488,19 @@ while True:
     step += 1
 
     seconds = time.perf_counter() - began
-    times.append(seconds)
+    times = times[-49:] + [seconds]
     rate = batch_size * block_size / seconds
     log(step=step, loss=loss, lr=lr_at(step - 1), grad_norm=grad_norm, ms=round(1000 * seconds, 1),
         tokens_per_s=round(rate))
     if step % log_every == 0 or step == max_steps:
         mfu = f'{3 * flops * rate / (peak * world):.1%}' if peak else 'n/a'
-        left = clock((max_steps - step) * sorted(times[-50:])[len(times[-50:]) // 2])
+        left = clock((max_steps - step) * sorted(times)[len(times) // 2])
         say(f'{step}/{max_steps} | loss {loss:.4f} | lr {lr_at(step - 1):.2e} | grad norm {grad_norm:.2f} | '
             f'{1000 * seconds:.0f} ms | {rate:,.0f} tok/s | MFU {mfu} | ETA {left}')
-    if stopping:
-        save()
-        say(f'stopped after step {step}, saved. Go on with: python train.py --out_dir={out_dir} --init_from=resume')
-        break
 
+if stopping:
+    save()
+    say(f'stopped after step {step}, saved. Go on with: python train.py --out_dir={out_dir} --init_from=resume')
 memory = (1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if device == 'cpu'
           else torch.cuda.max_memory_allocated())
 say(f'{step - first_step} steps in {clock(time.time() - started)}; best validation loss {best_loss:.4f}; '

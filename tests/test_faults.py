@@ -118,6 +118,20 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(whole, phase_two, 
     assert kill.differences(whole, tmp_path / 'run') == []
 
 
+def test_a_signal_interrupts_an_evaluation(phase_two, tmp_path):
+    """It may take minutes, and torchrun kills what has not ended after half of one."""
+    args = [*phase_two, '--eval_tokens=9000', '--micro_batch=1', '--max_steps=8']
+    train(tmp_path / 'whole', *args)
+    training = kill.Training([*map(str, args), f'--out_dir={tmp_path / "run"}'], 1, f'{tmp_path}/output')
+    while '\n4/8 | loss' not in training.text():  # the evaluation after step 4 has begun, and has 281 batches to do
+        assert training.poll() is None, training.text()
+    training.kill(signal.SIGTERM)
+    assert training.wait() == 0
+    assert last(tmp_path / 'run')['step'] == 4 and last(tmp_path / 'run')['val_step'] == 0
+    train(tmp_path / 'run', *RESUME)
+    assert kill.differences(tmp_path / 'whole', tmp_path / 'run') == []
+
+
 def test_two_processes_stopped_and_resumed_equal_two_undisturbed(whole_2, phase_two, tmp_path):
     _, text = stop_at(6, tmp_path / 'run', *phase_two, ranks=2)
     assert 6 <= last(tmp_path / 'run')['step'] < 16 and '--init_from=resume' in text, text
