@@ -214,7 +214,7 @@ train, empty_train = read('train', max_train) if epochs else ([], 0)
 facts = {k: v for k, v in settings.items() if k not in ('out_dir', 'overwrite', 'seeds', 'micro_batch', 'gen_batch',
                                                         'show', 'paper_row', 'device')}
 facts['data_sha256'] = hashlib.sha256(b'|'.join(e.ids.tobytes() for e in held_out + train)).hexdigest()
-facts['weights_sha256'] = hashlib.sha256(start['wte.weight'].numpy()).hexdigest()  # no training leaves these alone
+facts['weights_sha256'] = model.fingerprint()
 run_json = os.path.join(out_dir, 'run.json')
 fresh = overwrite or not os.path.exists(run_json)
 if not fresh:

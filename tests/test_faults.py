@@ -15,6 +15,7 @@ import torch
 
 import config
 from tests import fuzz, kill
+from tests.test_train import SYSTEMS
 
 BASE = [*kill.TINY, '--log_every=1', '--eval_every=4', '--max_steps=16', '--batch_size=8', '--micro_batch=2']
 RESUME = ['--init_from=resume']
@@ -132,11 +133,14 @@ def test_a_signal_interrupts_an_evaluation(phase_two, tmp_path):
     assert kill.differences(tmp_path / 'whole', tmp_path / 'run') == []
 
 
-def test_two_processes_stopped_and_resumed_equal_two_undisturbed(whole_2, phase_two, tmp_path):
-    _, text = stop_at(6, tmp_path / 'run', *phase_two, ranks=2)
-    assert 6 <= last(tmp_path / 'run')['step'] < 16 and '--init_from=resume' in text, text
+@pytest.mark.parametrize('system', ['vanilla', 'mom', *SYSTEMS])
+def test_two_processes_stopped_and_resumed_equal_two_undisturbed(system, data, phase_two, tmp_path):
+    args = [*BASE, f'--data_dir={data}'] if system == 'vanilla' else [*phase_two, *SYSTEMS.get(system, [])]
+    train(tmp_path / 'whole', *args, ranks=2)
+    _, text = stop_at(3, tmp_path / 'run', *args, ranks=2)
+    assert 3 <= last(tmp_path / 'run')['step'] < 16 and '--init_from=resume' in text, text
     train(tmp_path / 'run', *RESUME, ranks=2)
-    assert kill.differences(whole_2, tmp_path / 'run') == []
+    assert kill.differences(tmp_path / 'whole', tmp_path / 'run') == []
 
 
 @pytest.mark.parametrize('before, after', [(1, 2), (2, 1)])
