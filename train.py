@@ -318,8 +318,10 @@ def whole(tree):
 
 
 def not_written(path, error):
-    return ValueError(f'{path} could not be written ({error}). The checkpoint of step {saved_step} in {out_dir} is '
-                      f'untouched: make room, then go on with --out_dir={out_dir} --init_from=resume')
+    error = error.__context__ if isinstance(error.__context__, OSError) else error  # what lies behind torch's message
+    free = f'{shutil.disk_usage(out_dir).free:,} bytes are free without it'
+    return ValueError(f'{path} could not be written ({error}; {free}). The checkpoint of step {saved_step} in '
+                      f'{out_dir} is untouched: make room, then go on with --out_dir={out_dir} --init_from=resume')
 
 
 def save():
@@ -349,6 +351,8 @@ def keep_best():
     part = best_pt + '.part'
     if os.path.exists(part):  # a kill in this place left it
         os.unlink(part)
+    if os.path.exists(best_pt) and os.path.samefile(last_pt, best_pt):
+        return
     try:  # a hard link costs nothing; some file systems have none
         os.link(last_pt, part)
     except OSError:
@@ -394,8 +398,11 @@ if is_main:
         for path in (last_pt, best_pt):  # overwrite=True: what another run left is not to be taken for this one's
             if os.path.exists(path):
                 os.unlink(path)
-    with config.atomic_write(log_path) as f:
-        f.write('\n'.join(','.join(row) for row in [COLUMNS, *kept]).encode() + b'\n')
+    try:
+        with config.atomic_write(log_path) as f:
+            f.write('\n'.join(','.join(row) for row in [COLUMNS, *kept]).encode() + b'\n')
+    except OSError as error:
+        raise not_written(log_path, error) from error
 
 
 def log(**row):
