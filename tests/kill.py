@@ -55,10 +55,10 @@ def write_data(folder, size=100_000):
 
 
 class Training:
-    """train.py with these arguments in `ranks` forked processes, which have torch already; what they print goes to a
-    file. They are a process group of their own, as under a shell."""
+    """train.py, or another script, with these arguments in `ranks` forked processes, which have torch already; what
+    they print goes to a file. They are a process group of their own, as under a shell."""
 
-    def __init__(self, args, ranks, output):
+    def __init__(self, args, ranks, output, script='train.py'):
         with socket.socket() as s:
             s.bind(('localhost', 0))
             port = s.getsockname()[1]
@@ -76,9 +76,9 @@ class Training:
                 os.environ.update({k: str(v) for k, v in env.items()})
                 torch.set_num_threads(1)
                 os.chdir(config.ROOT)
-                sys.argv, status = ['train.py', *args], 0
+                sys.argv, status = [script, *args], 0
                 try:
-                    runpy.run_path('train.py', run_name='__main__')
+                    runpy.run_path(script, run_name='__main__')
                 except BaseException:  # as the interpreter does: print it by the hook, leave with 1
                     sys.excepthook(*sys.exc_info())
                     status = 1

@@ -1,0 +1,245 @@
+"""analyze.py: numbers against plain counting, exchanged routes against the dense loops, the page against a parser."""
+import json
+import math
+from collections import Counter
+from dataclasses import asdict
+from html.parser import HTMLParser
+
+import dense
+import numpy as np
+import pytest
+import torch
+
+import analyze
+from model import GPT, Decision
+from tests import kill
+from tests.test_model import dense_params, stir, tiny
+from tests.test_phi import SYSTEMS, build
+
+ROUTED = [name for name, kw in SYSTEMS.items() if name != 'vanilla' and kw.get('phi') != 'share']
+
+
+def sequences(n=5, T=12, vocab=50):
+    return np.random.default_rng(0).integers(0, vocab, (n, T + 1))
+
+
+# ----------------------------------------------------------------------------- running with other routes
+
+@pytest.mark.parametrize('system', ROUTED)
+def test_a_run_with_its_own_routes_changes_nothing(system):
+    model, idx = build(system), sequences()
+    loss, decisions = analyze.run(model, idx, 'cpu', 2)
+    plain = model(torch.from_numpy(idx[:, :-1]), torch.from_numpy(idx[:, 1:]))[1].item()
+    assert loss == pytest.approx(plain, rel=1e-6)  # the last sum is in fp32
+    own = analyze.shuffled(decisions, torch.arange(60))
+    again, same = analyze.run(model, idx, 'cpu', 2, own)
+    assert again == pytest.approx(loss, rel=1e-12)
+    assert all(torch.equal(d.ids, same[key].ids) for key, d in decisions.items())
+    assert len(decisions) == sum(len(d) for d in model.features(torch.from_numpy(idx[:1, :-1]))[1])
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(1))
+    other, exchanged = analyze.run(model, idx, 'cpu', 3, analyze.shuffled(decisions, order))
+    assert all(torch.equal(d.ids[order], exchanged[key].ids) for key, d in decisions.items())
+    if system != 'mod':  # its few chosen tokens may be the same
+        assert abs(other - loss) > 1e-6
+    assert analyze.run(model, idx, 'cpu', 2)[0] == loss  # nothing is left behind
+
+
+def test_exchanged_routes_are_those_of_the_dense_loops():
+    model = stir(GPT(tiny(K=2, H=2, block_size=7)).double().eval(), seed=3)
+    idx = sequences(2, 7)
+    _, decisions = analyze.run(model, idx, 'cpu', 2)
+    order = torch.randperm(14, generator=torch.Generator().manual_seed(4))
+    for decide in (analyze.shuffled(decisions, order), analyze.frozen(decisions)):
+        loss, _ = analyze.run(model, idx, 'cpu', 1, decide)
+        params, total = dense_params(model), 0.0
+        for b in range(2):
+            x = torch.stack([params['wte'][i] + params['wpe'][t] for t, i in enumerate(idx[b, :-1])])
+            for c, chunk in enumerate(params['chunks']):
+                for h in range(model.chunks[c].H):
+                    routes = []
+                    for kind in 'AF':
+                        if (c, kind, h) not in decisions:
+                            routes.append([[(0, 1.0)]] * 7)
+                            continue
+                        ids, weights = decide((c, kind, h), slice(7 * b, 7 * b + 7))
+                        routes.append([[(i, w) for i, w in zip(one, its) if i < 4]
+                                       for one, its in zip(ids.tolist(), weights)])
+                    x = x + dense.attention_step(x, chunk['attn'], routes[0], 2)
+                    x = x + dense.ffn_step(x, chunk['ffn'], routes[1])
+            logits = dense.layer_norm(x, params['ln_f_w'], params['ln_f_b']) @ params['wte'].T
+            total += torch.nn.functional.cross_entropy(logits, torch.from_numpy(idx[b, 1:]), reduction='sum').item()
+        assert loss == pytest.approx(total / 14, rel=1e-6)
+
+
+def test_frozen_is_the_commonest_set_whatever_its_order():
+    ids = torch.tensor([[0, 2], [2, 0], [1, 2], [2, 0]])
+    weights = torch.tensor([[1.0, 5.0], [7.0, 3.0], [9.0, 9.0], [6.0, 2.0]])
+    decide = analyze.frozen({'d': Decision('A', 0, 2, ids, weights, None, None)})
+    ids, weights = decide('d', slice(0, 3))
+    assert ids.tolist() == [[0, 2]] * 3 and weights.tolist() == [[2.0, 6.0]] * 3
+
+
+# ----------------------------------------------------------------------------- numbers
+
+def test_entropy_and_information():
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 8, 4000), rng.integers(0, 4, 4000)
+    assert analyze.entropy(np.arange(8)) == 3 and analyze.entropy(np.zeros(5, int)) == 0
+    assert abs(analyze.information(a, b, rng)) < 0.005
+    assert analyze.information(a, a // 2, rng) == pytest.approx(analyze.entropy(a // 2), abs=0.01)
+    few, many = rng.integers(0, 50, 500), rng.integers(0, 50, 500)
+    plain = analyze.entropy(few) + analyze.entropy(many) - analyze.entropy(few, many)
+    assert plain > 2 and abs(analyze.information(few, many, rng)) < 0.1  # what the correction is for
+
+
+def test_transitions_by_counting():
+    rng = np.random.default_rng(1)
+    steps = [[set(rng.choice(4, rng.integers(1, 3), replace=False).tolist()) for _ in range(50)] for _ in range(3)]
+    got = analyze.transitions([np.array([sum(1 << i for i in s) for s in step]) for step in steps], 3)
+    flow = np.zeros((4, 4))
+    for one, two in zip(steps, steps[1:]):
+        for a, b in zip(one, two):
+            for i in a:
+                for j in b:
+                    flow[i, j] += 1 / len(a) / len(b)
+    assert np.allclose(got, flow / flow.sum(1, keepdims=True))
+    assert np.allclose(analyze.transitions([np.array([1, 1]), np.array([2, 4])], 2), [[0, 0.5, 0.5], [0] * 3, [0] * 3])
+
+
+def test_the_numbers_of_a_model_by_counting():
+    model, idx = build('mom'), sequences(6, 20)
+    kinds = np.random.default_rng(2).integers(0, 6, 120)
+    out, named = analyze.analyse(model, idx, kinds, 'cpu', 4, 0)
+    decisions = analyze.run(model, idx, 'cpu', 4)[1]
+    assert [(one['chunk'], one['kind']) for one in out['chunks']] == [(1, 'A'), (1, 'F')]
+    total = Counter()
+    for one in out['chunks']:
+        key = one['chunk'], one['kind']
+        picked = [[set(ids) for ids in decisions[*key, h].ids.tolist()] for h in range(3)]
+        routes = Counter(', '.join('+'.join('S' if i == 4 else str(i + 1) for i in sorted(step[t])) for step in picked)
+                         for t in range(120))
+        assert out['tokens'] == 120 and one['distinct_routes'] == len(routes)
+        assert one['off_the_commonest'] == pytest.approx(1 - max(routes.values()) / 120)
+        for route in one['routes']:
+            assert route['share'] == pytest.approx(routes[route['route']] / 120)
+        assert [r['share'] for r in one['routes']] == sorted((n / 120 for n in routes.values()), reverse=True)[:10]
+        number, names = named[key]
+        assert Counter(names[i] for i in number) == routes
+        assert one['route_entropy'] == pytest.approx(-sum(n / 120 * math.log2(n / 120) for n in routes.values()))
+        for i in range(5):
+            assert one['shares'][i] == pytest.approx([np.mean([i in s for s in step]) for step in picked])
+        skip = np.array([[4 in s for s in step] for step in picked])
+        assert one['skip_by_step'] == pytest.approx(skip.mean(1)) == one['shares'][4]
+        for k, name in enumerate(analyze.KINDS):
+            assert one['skip_by_kind'][name] == pytest.approx(skip[:, kinds == k].mean())
+        assert one['skip_by_position'][0] == pytest.approx(skip.reshape(3, 6, 20)[:, :, :3].mean())  # 20 in 8 parts
+        assert one['modules_per_token'] == pytest.approx(np.mean([[len(s - {4}) for s in step] for step in picked]))
+        total[key[1]] = one['modules_per_token']
+    assert out['k_eff'] == pytest.approx(total)
+    assert len(set(out['loss'].values())) == 4
+
+
+def test_equal_tokens_exchange_their_routes(monkeypatch):
+    model, idx = build('mom'), sequences(6, 20)
+    orders = []
+    monkeypatch.setattr(analyze, 'shuffled', lambda decisions, order: orders.append(order) or analyze.frozen(decisions))
+    analyze.analyse(model, idx, np.zeros(120, int), 'cpu', 6, 0)
+    token = idx[:, :-1].flatten()
+    anyone, equal = orders
+    assert sorted(anyone) == sorted(equal) == list(range(120))
+    assert (token[equal] == token).all() and (token[anyone] == token).mean() < 0.2 and (equal != np.arange(120)).any()
+
+
+def test_kinds_of_tokens():
+    raw = [b'\n', b'The', b' state', b's', b' ', b'1', b' 24', b',', b'.\n', '–'.encode(), b'\xe2',
+           b'<|endoftext|>', b'']
+    got = [analyze.KINDS[analyze.kind_of(before, one)] for before, one in zip([b''] + raw, raw)]
+    assert got == ['space', 'word begins', 'word begins', 'inside a word', 'space', 'digit', 'digit', 'punctuation',
+                   'punctuation', 'other', 'other', 'other', 'other']
+
+
+# ----------------------------------------------------------------------------- the page, the command
+
+class Reader(HTMLParser):
+    def __init__(self):
+        super().__init__()
+        self.depth, self.texts, self.titles, self.linked = 0, [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        attrs = dict(attrs)
+        if tag == 'div':
+            self.depth, self.texts, self.titles = 1, [*self.texts, ''], [*self.titles, []]
+        elif tag == 'span' and self.depth:
+            self.titles[-1].append(attrs['title'])
+        self.linked += [tag] * (tag in ('script', 'link', 'img') or 'src' in attrs or 'href' in attrs)
+
+    def handle_endtag(self, tag):
+        self.depth = 0 if tag == 'div' else self.depth
+
+    def handle_data(self, data):
+        if self.depth:
+            self.texts[-1] += data
+
+
+def checkpoint(folder, **kw):
+    """A model of one of the systems, as a run of train.py leaves it, and its data."""
+    kill.write_data(folder / 'data', 30_000)
+    model = stir(GPT(tiny(**{'vocab_size': 257, 'block_size': 32, **kw})), seed=1)
+    (folder / 'run').mkdir()
+    torch.save(dict(model=model.state_dict(), model_config=asdict(model.cfg), meta=dict(tokenizer='bytes'),
+                    settings=dict(data_dir=str(folder / 'data'))), folder / 'run' / 'last.pt')
+    (folder / 'run' / 'log.csv').write_text('step,loss,val_loss\n0,,5.5\n' + ''.join(
+        f'{n},{5 - n / 50},\n' for n in range(1, 101)) + '100,,3.25\n')
+    return f'--source={folder / "run"}'
+
+
+def command(folder, *args, fails=False):
+    training = kill.Training(args, 1, folder / 'output', 'analyze.py')
+    assert (training.wait() != 0) == fails, training.text()
+    return training.text()
+
+
+def test_the_command_draws_and_writes_what_it_says(tmp_path):
+    story = 'He said: "a < b & c > d".\n\n\tÜber 3 œuvres, 日本 – 100%! </div><script>alert(1)</script>\n' * 4
+    (tmp_path / 'story.txt').write_text(story)
+    source = checkpoint(tmp_path, K=2, H=3)
+    out = command(tmp_path, source, f'--text={tmp_path / "story.txt"}', f'--curves={tmp_path / "run"}', '--page=200')
+    folder = tmp_path / 'run' / 'routes'
+    for name in ('shares', 'transitions', 'skips', 'curves'):
+        assert (folder / f'{name}.png').read_bytes()[:4] == b'\x89PNG' and f'{folder / name}.png' in out
+        json.loads((folder / f'{name}.json').read_text())
+    curve = json.loads((folder / 'curves.json').read_text())['run']
+    assert curve['validation'] == [[0, 5.5], [100, 3.25]] and curve['train'][49] == [50, 4.0]
+    analysis = json.loads((folder / 'analysis.json').read_text())
+    assert f'{analysis["tokens"]:,} tokens. Loss {analysis["loss"]["as_it_is"]:.4f}' in out
+    page = (folder / 'page.html').read_text()
+    reader = Reader()
+    reader.feed(page)
+    ids = list(story.encode())
+    n = (len(ids) - 1) // 32 * 32  # whole sequences
+    whole = bytes(ids[:min(n, 200)])
+    assert reader.texts == [whole.decode(errors='ignore')] * 2 and '<' in reader.texts[0]
+    assert reader.linked == [] and [len(t) for t in reader.titles] == [200, 200] and len(page) < 100_000
+    assert set(reader.titles[0][:5]) and all(t.count(',') == 2 for t in reader.titles[0])
+
+
+@pytest.mark.parametrize('system', ['mod', 'moe', 'early_exit'])
+def test_the_command_runs_on(system, tmp_path):
+    out = command(tmp_path, checkpoint(tmp_path, **SYSTEMS[system]), '--tokens=640')
+    assert '640 tokens. Loss' in out and 'told by the token' in out
+
+
+def test_mistakes(tmp_path):
+    source = checkpoint(tmp_path)
+    vanilla = tmp_path / 'vanilla'
+    vanilla.mkdir()
+    without = checkpoint(vanilla, chunks='1-1-1-1-1-1')
+    (tmp_path / 'empty.txt').write_text('')
+    (tmp_path / 'latin.txt').write_bytes(b'\xe9')
+    for args, message in [([without], 'has no routers'), ([source, '--tokens=0'], 'tokens=0 must be at least 1'),
+                          ([source, f'--text={tmp_path}/empty.txt'], 'too few to look at'),
+                          ([source, f'--text={tmp_path}/latin.txt'], 'cannot be read as UTF-8'),
+                          ([source, f'--data_dir={tmp_path}'], 'no text at'),
+                          ([source, f'--curves={tmp_path}'], 'has no log.csv')]:
+        stderr = command(tmp_path, *args, fails=True)
+        assert message in stderr and stderr.count('\n') == 1 and stderr.startswith('analyze.py: error: '), stderr
