@@ -1,5 +1,6 @@
 # make demo    both phases on real text in a few minutes of CPU, and what came of them
 # make systems every system of the paper, 200 steps each from the demo's phase one: 5 minutes
+# make reproduce    the paper's tables and figures at a small scale, hours; goes on where it stopped. ARGS="--only=table1"
 # make test    every test
 # Each makes a virtual environment and installs what it needs.
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
 
-.PHONY: demo systems test clean
+.PHONY: demo systems reproduce test clean
 
 demo: $(VENV)/installed data/sotu_bytes/meta.json
 	$(PY) train.py config/gpt2_demo.py --overwrite=True
@@ -15,6 +16,7 @@ demo: $(VENV)/installed data/sotu_bytes/meta.json
 	$(PY) train.py config/mom_demo.py --overwrite=True
 	@echo; $(PY) sample.py --source=out/mom_demo --prompt="The state of the Union"
 	@echo; $(PY) bench.py runs --of=out/gpt2_demo,out/gpt2_demo_continued,out/mom_demo
+	@echo; $(PY) analyze.py --source=out/mom_demo --curves=out/gpt2_demo,out/gpt2_demo_continued,out/mom_demo
 
 # Layer-skip, MoE and the others differ in their settings alone. MIXTRAL is the routing of a Mixtral layer.
 SYSTEM  = $(PY) train.py config/mom_demo.py --max_steps=200 --eval_every=200 --log_every=100 --overwrite=True
@@ -36,6 +38,9 @@ systems: $(VENV)/installed data/sotu_bytes/meta.json
 	$(SYSTEM) --out_dir=out/systems/share --phi=share --K=1 '--keep_A=[0,2]' '--keep_F=[0,2]' '--c_share=[0,0,1,1]'
 	@cd out/systems && echo && $(abspath $(PY)) ../../bench.py runs \
 	  --of=vanilla,mom_k2h6s,mom_k3h2s,mom_k3h1s,mom_same,moe,moe_share,mod,layer_skip,early_exit,share
+
+reproduce: $(VENV)/installed
+	$(PY) reproduce.py $(ARGS)
 
 data/sotu_bytes/meta.json: $(VENV)/installed
 	$(PY) prepare.py --dataset=sotu --tokenizer=bytes

@@ -1,0 +1,185 @@
+"""reproduce.py as a user runs it, at a scale of seconds, and its report on folders of made-up runs."""
+import csv
+import json
+import re
+import signal
+import statistics
+import subprocess
+import time
+
+import numpy as np
+import pytest
+import torch
+from test_train import ENV, command, text, write_data  # noqa: F401  (text is a fixture)
+
+import config
+
+L, C, T, B, V = 8, 16, 16, 4, 257  # the scale 'tiny': layers, width, tokens, sequences, vocabulary
+STEPS = [60, 12]
+
+
+def reproduce(text, out, *args, fails=False):  # noqa: F811
+    done = subprocess.run(arguments(text, out, *args), cwd=config.ROOT, env=ENV, capture_output=True, text=True)
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stderr if fails else done.stdout
+
+
+def arguments(text, out, *args):  # noqa: F811
+    return command('reproduce.py', '--scale=tiny', f'--data_dir={text}', f'--out_dir={out}', '--device=cpu',
+                   f'--steps={STEPS}'.replace(' ', ''), '--workers=2', *args)
+
+
+def results(out):
+    return json.loads((out / 'results.json').read_text())
+
+
+def log(folder):
+    with open(folder / 'log.csv', newline='') as f:
+        return list(csv.DictReader(f))
+
+
+def make_up(out, name, loss, rate=0.01, seed=1, needs='phase_one', steps=STEPS[1], data_dir='data/sotu_bytes', **model):
+    """The folder of a finished run that ended with this loss: settings and log without any training."""
+    folder = out / f'{name}_lr{rate:g}_seed{seed}'
+    folder.mkdir(parents=True)
+    first = name in ('phase_one', 'scratch')
+    start = {'': 'scratch', 'phase_one': str(out / 'phase_one_lr0.01_seed1' / 'last.pt'),
+             'scratch': str(out / f'scratch_lr{rate:g}_seed{seed}' / 'last.pt')}[needs]
+    shape = dict(chunks='1-1-4-1-1' if model else '1-1-1-1-1-1-1-1', n_embd=C, n_head=2, block_size=T)
+    shape.update(dict(router_dim=8, **model) if model else {})
+    settings = dict(shape, batch_size=B, eval_tokens=512, data_dir=str(data_dir), init_from=start,
+                    seed=1000 * seed + (337 if first else 338), max_steps=steps, learning_rate=rate,
+                    eval_every=-(-steps // 4))
+    meta = dict(train_sha256=config.sha256(data_dir / 'train.bin') if data_dir != 'data/sotu_bytes' else '')
+    torch.save(dict(model={}, model_config=dict(shape, vocab_size=V), settings=settings, step=steps, meta=meta),
+               folder / 'last.pt')
+    rows = ['step,loss,lr,grad_norm,ms,tokens_per_s,val_loss,val_bits_per_byte,k_a,k_f', '0,,,,,,5.5,8,1.5,1.25']
+    rows += [f'{n},5,0.01,1.5,20,3200,,,,' for n in range(1, steps + 1)]
+    rows += [f'{steps},,,,,,{loss},{loss / np.log(2)},2,1.75']
+    (folder / 'log.csv').write_text('\n'.join(rows) + '\n')
+
+
+def dense_flops():  # of a training step of the vanilla model
+    return 3 * B * T * (L * (24 * C * C + 4 * T * C) + 2 * C * V)
+
+
+@pytest.fixture(scope='module')
+def run(text, tmp_path_factory):  # noqa: F811
+    """Figure 5 and Table 2, of which most cells are there; killed in its first cells, and begun again."""
+    out, mom = tmp_path_factory.mktemp('reproduce') / 'run', dict(K=2, H=6, skip=True, data_dir=text)
+    make_up(out, 'k1h4_gru_scratch', 3.4, needs='', data_dir=text, K=1, H=4, skip=False, router='gru')
+    make_up(out, 'k1h4_mlp', 3.5, data_dir=text, K=1, H=4, skip=False, router='mlp')
+    make_up(out, 'scratch', 9.0, needs='', steps=STEPS[0], **mom)
+    make_up(out, 'scratch_more', 3.5, needs='scratch', **mom)
+    make_up(out, 'vanilla', 3.0, data_dir=text)
+    make_up(out, 'vanilla', 3.01, seed=2, data_dir=text)
+    make_up(out, 'k2h6s', 2.99, **mom)
+    make_up(out, 'same', 3.021, tied=True, **mom)
+    there = {path: path.stat().st_mtime_ns for path in out.glob('*/log.csv')}
+    args = ['--only=fig5,table2', '--most_seeds=2']
+    process = subprocess.Popen(arguments(text, out, *args), cwd=config.ROOT, env=ENV, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    first = out / 'phase_one_lr0.01_seed1'
+    while process.poll() is None and not ((first / 'log.csv').exists() and len(log(first)) > 3):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate()
+    assert process.returncode == 1 and 'The same command goes on' in stderr, stderr
+    stopped = torch.load(first / 'last.pt', weights_only=True)['step']
+    return out, stopped, reproduce(text, out, *args), there
+
+
+def test_what_was_stopped_goes_on(run):
+    out, stopped, _, _ = run
+    first = out / 'phase_one_lr0.01_seed1'
+    assert 3 <= stopped < STEPS[0]
+    assert f'weights at step {stopped}:' in (first / 'output.txt').read_text()
+    assert [int(row['step']) for row in log(first) if row['loss']] == list(range(1, STEPS[0] + 1))
+    assert (out / 'fig5.png').stat().st_size > 10_000
+
+
+def test_the_report_says_what_the_logs_say(run):
+    out = run[0]
+    rows = {row['cell']: row for row in results(out)['rows']['fig5']}
+    markdown = (out / 'results.md').read_text()
+    phase_one = STEPS[0] * dense_flops()
+    for name, router in (('k1h4_gru', 3 * 8 * (C + 8) + 8 * 4), ('k1h4_mlp_scratch', 8 * C + 8 * 4)):
+        folder = out / f'{name}_lr0.01_seed1'
+        last = [row for row in log(folder) if row['val_loss']][-1]
+        one, = rows[name]['runs']
+        assert one['loss'] == float(last['val_loss']) and int(last['step']) == one['steps'] == STEPS[1]
+        assert one['bits_per_byte'] == float(last['val_bits_per_byte'])
+        # K1H4 without SKIP does the vanilla model's work, and asks two routers four times
+        assert one['pflops'] * 1e15 == pytest.approx(STEPS[1] * (dense_flops() + 3 * B * T * 2 * 4 * 2 * router))
+        before = 0 if 'scratch' in name else phase_one
+        assert one['pflops_in_all'] * 1e15 == pytest.approx(one['pflops'] * 1e15 + before)
+        norms = [float(row['grad_norm']) for row in log(folder) if row['grad_norm'] and int(row['step']) > 1]
+        assert one['spikes'] == pytest.approx(np.quantile(norms, 0.99) / statistics.median(norms), rel=0.05)
+        assert f'| 1 | {one["loss"]:.3f} | {np.exp(one["loss"]):.2f} | {one["bits_per_byte"]:.3f} |' in markdown
+    loss = {name: rows[name]['runs'][0]['loss'] for name in ('k1h4_mlp_scratch', 'k1h4_gru')}
+    assert rows['k1h4_mlp_scratch']['difference'][0] == pytest.approx(loss['k1h4_mlp_scratch'] - loss['k1h4_gru'])
+    saved = torch.load(out / 'k1h4_gru_lr0.01_seed1' / 'last.pt', weights_only=True)
+    assert saved['settings']['init_from'].endswith('phase_one_lr0.01_seed1/last.pt')
+    assert saved['model_config']['router'] == 'gru' and not saved['model_config']['skip']
+    assert saved['settings']['seed'] == 1338  # as for all others: the same batches
+
+
+def test_finished_cells_are_kept_and_close_ones_get_another_seed(run):
+    out, _, stdout, there = run
+    now = {path: path.stat().st_mtime_ns for path in out.glob('*/log.csv')}
+    assert there.items() <= now.items()
+    assert {path.parent.name for path in now.keys() - there.keys()} == {
+        f'{name}_lr0.01_seed{seed}' for name, seed in (('phase_one', 1), ('k1h4_gru', 1), ('k1h4_mlp_scratch', 1),
+                                                       ('k2h6s', 2))}
+    assert 'seeds for what is close: 1 trainings to do' in stdout and '1/1 k2h6s_lr0.01_seed2' in stdout
+    rows = {row['cell']: row for row in results(out)['rows']['table2']}
+    runs = rows['k2h6s']['runs']
+    assert len(runs) == 2 and rows['k2h6s']['std'] == pytest.approx(np.std([r['loss'] for r in runs], ddof=1))
+    mean, error, n = rows['k2h6s']['difference']
+    pairs = np.array([2.99 - 3.0, runs[1]['loss'] - 3.01])
+    assert (mean, error, n) == (pytest.approx(pairs.mean()), pytest.approx(pairs.std(ddof=1) / np.sqrt(2)), 2)
+    assert len(rows['same']['runs']) == 1  # 0.021 is not close
+    # the method's FLOPs, with the mean of the modules that the log says were chosen: 1.75 and 1.5
+    chunk = 6 * ((8 * 1.75 + 16 * 1.5) * C * C + 4 * T * C + 2 * 2 * (3 * 8 * (C + 8) + 8 * 5))
+    per_token = 4 * (24 * C * C + 4 * T * C) + chunk + 2 * C * V
+    assert runs[0]['pflops'] * 1e15 == pytest.approx(3 * B * T * per_token * STEPS[1])
+
+
+def test_other_settings_are_refused(run, text):  # noqa: F811
+    error = reproduce(text, run[0], '--only=fig5', '--steps=[60,13]', fails=True)
+    assert error.startswith('reproduce.py: error: ') and error.count('\n') == 1
+    assert re.search(r'k1h4_\w+_lr0.01_seed1 holds a run with max_steps=12, not 13: ask for the same', error), error
+
+
+def test_verdicts_and_learning_rates_on_made_up_numbers(tmp_path):
+    out, mom = tmp_path / 'run', dict(K=2, H=6, skip=True)
+    make_up(out, 'phase_one', 3.6, needs='', steps=STEPS[0])
+    for rate, vanilla, k2h4s in ((0.01, 3.3, 3.2), (0.02, 3.1, 3.4)):
+        make_up(out, 'vanilla', vanilla, rate)
+        make_up(out, 'k2h4s', k2h4s, rate, K=2, H=4, skip=True)
+    for seed, two_phase, same in ((1, 3.0, 3.05), (2, 3.2, 3.30), (3, 3.1, 3.15)):
+        make_up(out, 'k2h6s', two_phase, seed=seed, **mom)
+        make_up(out, 'same', same, seed=seed, tied=True, **mom)
+    make_up(out, 'k2h6s', 2.0, 0.02, **mom)  # not the rate that K2H4S does best with
+    make_up(out, 'scratch', 3.59, needs='', steps=STEPS[0], **mom)
+    make_up(out, 'scratch_more', 3.0, needs='scratch', **mom)
+    args = ['--scale=tiny', f'--out_dir={out}', f'--steps={STEPS}'.replace(' ', ''), '--rates=[0.01,0.02]',
+            '--only=table2,fig4', '--report=True']
+    done = subprocess.run(command('reproduce.py', *args), cwd=config.ROOT, env=ENV, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    verdict = {claim['claim']: claim for claim in results(out)['claims']}
+    worse, two, own, even = [claim for claim in verdict.values() if claim['table'] == 'table2']
+    assert worse['verdict'] == 'undecided'  # 3.6 and 3.59, one seed
+    assert worse['parts'][0]['found'] == [pytest.approx(0.01), None, 1]
+    assert two['verdict'] == 'undecided' and two['parts'][0]['found'][0] == 0  # 3.0 and 3.0, the seed that both have
+    # differences of -0.05, -0.1, -0.05: a mean of -0.0667 with a standard error of 0.0167
+    assert own['verdict'] == 'holds' and own['parts'][0]['found'] == [
+        pytest.approx(-0.2 / 3), pytest.approx(np.std([.05, .1, .05], ddof=1) / np.sqrt(3)), 3]
+    assert even['verdict'] == 'does not hold'  # scratch's 3.59 is not below 3.05
+    assert all(claim['verdict'] == 'not run' for claim in verdict.values() if claim['table'] == 'fig4')
+    markdown = (out / 'results.md').read_text()
+    assert 'vanilla 0.02 (0.01: 3.300, 0.02: 3.100)' in markdown
+    assert 'K2H4S, 0.01 (0.01: 3.200, 0.02: 3.400)' in markdown
+    rows = {row['cell']: row for row in results(out)['rows']['table2']}
+    assert rows['vanilla']['mean']['loss'] == 3.1 and rows['k2h6s']['mean']['loss'] == pytest.approx(3.1)
+    assert '| K1H1S | – |' in markdown and (out / 'fig4.png').exists()
