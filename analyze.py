@@ -456,7 +456,10 @@ def main():
     print(f'\n{numbers["tokens"]:,} tokens. Loss {loss["as_it_is"]:.4f}; with routes shuffled between all tokens '
           f'{loss["shuffled"]:.4f}, between equal ones {loss["shuffled_equal"]:.4f}; with every decision frozen to its '
           f'commonest choice {loss["frozen"]:.4f}')
-    print('Modules per token and step: ' + ', '.join(f'{NAMES[k]} {v:.3f}' for k, v in numbers['k_eff'].items()))
+    k_eff = numbers['k_eff']
+    print('Modules per token and step: ' + ', '.join(f'{NAMES[k]} {v:.3f}' for k, v in k_eff.items())
+          + (f'. Table 1 with them: python bench.py table1 --k_a={k_eff["A"]:.3f} --k_f={k_eff["F"]:.3f}'
+             if model.cfg.phi == 'mom' else ''))
     print('\n| | routes | off the commonest | entropy, bits | told by the token | by the position | commonest |\n'
           '|---|---|---|---|---|---|---|')
     for one in chunks:
