@@ -988,26 +988,27 @@ def read_hugging_face(folder, source):
         if hf.get(key, want) != want:
             raise ValueError(f"{path} has {key}={hf[key]!r}; GPT-2's is {want!r}: it is another model")
     safe, pickled = os.path.join(folder, 'model.safetensors'), os.path.join(folder, 'pytorch_model.bin')
-    try:
-        if os.path.isfile(safe):
+    if os.path.isfile(safe):
+        try:
             weights = safetensors.torch.load_file(safe)
-        elif os.path.isfile(pickled):
-            weights = load_file(pickled)
-        else:
-            raise ValueError(f'{folder} holds neither model.safetensors nor pytorch_model.bin')
+        except UNREADABLE as error:
+            raise ValueError(f'{safe} cannot be read ({type(error).__name__}): copy it again') from error
+    elif os.path.isfile(pickled):
+        weights = load_file(pickled)
+    else:
+        raise ValueError(f'{folder} holds neither model.safetensors nor pytorch_model.bin')
+    try:
         weights = {name.removeprefix('transformer.'): w.float() for name, w in weights.items()}
-        for name, w in weights.items():
-            if not w.abs().max() < 1e4:  # GPT-2's largest are about 10; these files have no checksums
-                raise ValueError(f'{name} in {folder} holds {w.abs().max():.3g}: the file is broken, copy it again')
         state = {'wte.weight': weights['wte.weight'], 'wpe.weight': weights['wpe.weight'],
                  'ln_f.weight': weights['ln_f.weight'], 'ln_f.bias': weights['ln_f.bias']}
         for i in range(hf['n_layer']):
             for theirs, ours in HF_NAMES.items():
                 state[f'chunks.{i}.{ours}'] = weights[f'h.{i}.{theirs}'].unsqueeze(0)  # a pool of N = 1
-    except KeyError as error:
+    except (KeyError, AttributeError, RuntimeError) as error:  # one is missing, or is no tensor of numbers
         raise ValueError(f'the weights in {folder} lack {error}: they are not those of its config.json') from error
-    except UNREADABLE as error:
-        raise ValueError(f'the weights in {folder} cannot be read ({type(error).__name__}): copy them again') from error
+    for name, w in state.items():
+        if not w.abs().max() < 1e4:  # GPT-2's largest are about 10; these files have no checksums
+            raise ValueError(f'{name} in {folder} holds {w.abs().max():.3g}: the file is broken, copy it again')
     return state, shape
 
 

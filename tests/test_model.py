@@ -4,8 +4,11 @@ from functools import partial
 
 import dense
 import pytest
+import safetensors.torch
 import torch
 import transformers
+
+import config
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import GPT, MoMConfig, load_checkpoint, sort_rows
@@ -85,6 +88,16 @@ def test_hub_names_fetch_what_a_directory_holds(tmp_path, monkeypatch):
     idx = torch.randint(0, 211, (1, 20))
     assert torch.allclose(GPT.from_pretrained('gpt2-medium')(idx)[0], hf(idx).logits, atol=1e-5)
     assert asked == [('openai-community/gpt2-medium', f) for f in ('config.json', 'model.safetensors')]
+
+    good = tmp_path / config.sha256(tmp_path / 'model.safetensors')  # as in the Hub's cache: a link to a file of this name
+    (tmp_path / 'model.safetensors').rename(good)
+    (tmp_path / 'model.safetensors').symlink_to(good)
+    assert torch.allclose(GPT.from_pretrained('gpt2')(idx)[0], hf(idx).logits, atol=1e-5)
+    raw = bytearray(good.read_bytes())
+    raw[-2] ^= 1
+    good.write_bytes(raw)
+    with pytest.raises(ValueError, match='is broken .its SHA-256 is not'):
+        GPT.from_pretrained('gpt2')
 
     def unreachable(repository, file):
         raise OSError('no network')
@@ -262,6 +275,11 @@ def test_wrong_weights_name_the_fix(tmp_path):
     with pytest.raises(ValueError, match='neither one of gpt2'):
         GPT.from_pretrained('gpt3')
     weights = tmp_path / 'model.safetensors'
+    good = safetensors.torch.load_file(weights)
+    good['transformer.h.1.mlp.c_fc.weight'][3, 5] *= 2.0 ** 64  # one bit of its exponent
+    safetensors.torch.save_file(good, weights)
+    with pytest.raises(ValueError, match='chunks.1.ffn.fc_w in .* the file is broken'):
+        GPT.from_pretrained(source)
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ValueError, match='cannot be read'):
         GPT.from_pretrained(source)

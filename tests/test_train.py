@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from importlib.util import find_spec
 
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 import transformers
 
 import config
+from tests import kill
 
 TINY = ['--chunks=1-1-1-1', '--n_embd=32', '--n_head=2', '--block_size=32', '--batch_size=16', '--max_steps=60',
         '--eval_every=20', '--eval_tokens=2000', '--learning_rate=0.01', '--device=cpu']
@@ -52,7 +54,16 @@ def command(script, *args, ranks=1):
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1'}
 
 
-def run(*args, script='train.py', ranks=1, fails=False):
+def run(*args, script='train.py', fails=False):
+    """In a forked process, which has torch already."""
+    with tempfile.NamedTemporaryFile() as output:
+        training = kill.Training([*map(str, args)], 1, output.name, script)
+        assert (training.wait() != 0) == fails, training.text()
+        return training.text()
+
+
+def shell(*args, script='train.py', ranks=1, fails=False):
+    """As a user does it."""
     done = subprocess.run(command(script, *args, ranks=ranks), cwd=config.ROOT, env=ENV, capture_output=True, text=True)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stderr if fails else done.stdout
@@ -81,14 +92,14 @@ def equal(a, b):
 @pytest.fixture(scope='session')
 def phase_one(text, tmp_path_factory):
     out = tmp_path_factory.mktemp('phase_one') / 'run'
-    run(*TINY, f'--data_dir={text}', f'--out_dir={out}')
+    shell(*TINY, f'--data_dir={text}', f'--out_dir={out}')
     return out
 
 
 @pytest.fixture(scope='session')
 def phase_two(text, phase_one, tmp_path_factory):
     out = tmp_path_factory.mktemp('phase_two') / 'run'
-    stdout = run(*TINY, *MOM, f'--data_dir={text}', f'--out_dir={out}', f'--init_from={phase_one}')
+    stdout = shell(*TINY, *MOM, f'--data_dir={text}', f'--out_dir={out}', f'--init_from={phase_one}')
     return out, stdout
 
 
@@ -150,14 +161,11 @@ def test_every_system_trains_stops_resumes_and_speaks(system, text, phase_one, t
     run(*args, f'--out_dir={whole}')
     val = [float(row['val_loss']) for row in log(whole) if row['val_loss']]
     assert len(val) == 3 and val[-1] < val[0]
-    process = subprocess.Popen(command('train.py', *args, f'--out_dir={broken}'), cwd=config.ROOT, env=ENV,
-                               stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith('2/24 | loss'):
-            process.send_signal(signal.SIGTERM)
-            break
-    rest = process.stdout.read()
-    assert process.wait() == 0 and '--init_from=resume' in rest, rest
+    training = kill.Training([*map(str, args), f'--out_dir={broken}'], 1, tmp_path / 'output')
+    while '\n2/24 | loss' not in training.text():
+        assert training.poll() is None, training.text()
+    training.kill(signal.SIGTERM)
+    assert training.wait() == 0 and '--init_from=resume' in training.text(), training.text()
     assert 2 <= last(broken)['step'] < 24
     run(f'--out_dir={broken}', '--init_from=resume')
     for key in ('model', 'optimizer', 'rng'):
@@ -178,7 +186,8 @@ def test_evaluation_changes_no_training_step(text, phase_one, tmp_path):
 
 def test_two_processes_on_the_cpu_equal_one(text, phase_one, phase_two, tmp_path):
     whole, _ = phase_two
-    out = run(*TINY, *MOM, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}', f'--init_from={phase_one}', ranks=2)
+    out = shell(*TINY, *MOM, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}', f'--init_from={phase_one}',
+                ranks=2)
     assert 'cpu x 2' in out
     for one, two in zip(log(whole), log(tmp_path / 'run'), strict=True):
         for key in ('loss', 'val_loss', 'grad_norm'):
@@ -205,7 +214,7 @@ def test_phase_two_from_a_hugging_face_directory_in_bfloat16(text, tmp_path):
 
 def test_sample(phase_two, tmp_path):
     args = [f'--source={phase_two[0]}', '--prompt=The state', '--max_new_tokens=40', '--samples=2']
-    one = run(*args, script='sample.py')
+    one = shell(*args, script='sample.py')
     assert one.count('The state') == 2 and len(one) > 80
     assert one == run(*args, script='sample.py') and one != run(*args, '--seed=2', script='sample.py')
     for more in (['--beams=3'], ['--temperature=0', '--dtype=bfloat16'], ['--top_p=0.5', '--stop=False']):
@@ -250,7 +259,11 @@ def spoil(folder, what):
     elif what == 'short':
         write_data(folder, np.zeros(200, int))
     elif what == 'vocabulary':
-        (folder / 'meta.json').write_text(json.dumps({**meta, 'vocab_size': 50257}))
+        del meta['seal']
+        meta['vocab_size'] = 50257
+        (folder / 'meta.json').write_text(json.dumps({**meta, 'seal': config.seal(meta)}))
+    elif what == 'changed meta':
+        (folder / 'meta.json').write_text(json.dumps({**meta, 'val_bytes': meta['val_bytes'] + 1}))
     elif what == 'half a meta':
         (folder / 'meta.json').write_text(json.dumps(meta)[:50])
     elif what == 'other meta':
@@ -261,7 +274,8 @@ def spoil(folder, what):
     ('missing', 'train.bin is missing: make it again with python prepare.py'), ('no meta', 'make it with python'),
     ('truncated', 'truncated'), ('odd', 'truncated'), ('ids', 'token id 300, but vocab_size is 257'),
     ('short', 'take a shorter block_size'), ('vocabulary', 'the tokenizer of the weights'),
-    ('half a meta', 'not one of prepare.py (JSONDecodeError'), ('other meta', "not one of prepare.py (KeyError")])
+    ('half a meta', 'not one of prepare.py (JSONDecodeError'), ('other meta', 'not one of prepare.py (ValueError'),
+    ('changed meta', 'not one of prepare.py (ValueError: it was changed): make it again')])
 def test_bad_data(what, message, text, phase_one, tmp_path):
     shutil.copytree(text, tmp_path / 'data')
     spoil(tmp_path / 'data', what)
