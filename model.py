@@ -1031,11 +1031,11 @@ def regroup(state, model, vanilla, source):
             continue
         if any(layer not in state for layer in layers):
             raise ValueError(f'{source} has no {name} for chunks={model.cfg.chunks}: take the settings of its training')
-        w = torch.cat([state[layer] for layer in layers])
-        if name == 'wpe.weight':
-            w = w[:len(fresh)]
-        if w.shape != fresh.shape:
-            raise ValueError(f'{source} has {name} of shape {tuple(w.shape)}, but this model wants '
-                             f'{tuple(fresh.shape)}: take the settings of its training')
-        arranged[name] = w
+        parts = [state[layer][:len(fresh)] if name == 'wpe.weight' else state[layer] for layer in layers]
+        want = (len(fresh) // len(parts), *fresh.shape[1:])
+        for layer, w in zip(layers, parts):
+            if w.shape != want:
+                raise ValueError(f'{source} has {layer} of shape {tuple(w.shape)}, but this model wants {want}: take '
+                                 'the settings of its training')
+        arranged[name] = torch.cat(parts)
     return arranged

@@ -95,7 +95,8 @@ if init_from == 'resume' or restarted and os.path.exists(last_pt):
     checkpoint = load_checkpoint(last_pt)
     parts = dict(settings=dict, optimizer=dict, scaler=dict, step=int, val_loss=float, val_step=int, best_loss=float,
                  meta=dict, rng=torch.Tensor)
-    if not all(isinstance(checkpoint.get(k), kind) for k, kind in parts.items()):
+    if not (all(isinstance(checkpoint.get(k), kind) for k, kind in parts.items())
+            and {'state', 'param_groups'} <= checkpoint['optimizer'].keys()):
         raise ValueError(f'{last_pt} holds weights, but no training to resume: begin one with --init_from={last_pt}')
     # What this command line does not say is as it was. So `--out_dir=... --init_from=resume` is enough.
     was = {k: v for k, v in checkpoint['settings'].items() if k in settings and (k not in given or k == 'init_from')}

@@ -7,10 +7,9 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-
-import config
 from torch.utils.flop_counter import FlopCounterMode
 
+import config
 from model import GPT, MoMConfig, load_checkpoint, sort_rows
 
 transformers.logging.set_verbosity_error()
@@ -89,7 +88,7 @@ def test_hub_names_fetch_what_a_directory_holds(tmp_path, monkeypatch):
     assert torch.allclose(GPT.from_pretrained('gpt2-medium')(idx)[0], hf(idx).logits, atol=1e-5)
     assert asked == [('openai-community/gpt2-medium', f) for f in ('config.json', 'model.safetensors')]
 
-    good = tmp_path / config.sha256(tmp_path / 'model.safetensors')  # as in the Hub's cache: a link to a file of this name
+    good = tmp_path / config.sha256(tmp_path / 'model.safetensors')  # the Hub's cache has links to files of such names
     (tmp_path / 'model.safetensors').rename(good)
     (tmp_path / 'model.safetensors').symlink_to(good)
     assert torch.allclose(GPT.from_pretrained('gpt2')(idx)[0], hf(idx).logits, atol=1e-5)
