@@ -455,10 +455,7 @@ def main():
             data[name][split] = encode_rows(name, split, where, rows, tokenizer, tokens)
 
     if world > 1:
-        if on.startswith('cuda'):
-            on = f'cuda:{int(os.environ["LOCAL_RANK"])}'
-            torch.cuda.set_device(on)
-        dist.init_process_group('gloo' if on == 'cpu' else 'nccl')
+        on = config.join_processes(on)
     say(f'{source}: chunks {base.cfg.chunks}, {base.num_params()[0]:,} parameters, tokenizer {tokenizer.name!r}; '
         f'{on} x {world}, {precision}; at most {tokens} tokens')
 

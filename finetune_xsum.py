@@ -228,10 +228,7 @@ if not fresh:
 # ----------------------------------------------------------------------------- processes
 
 if world > 1:
-    if device == 'cuda':
-        device = f'cuda:{int(os.environ["LOCAL_RANK"])}'
-        torch.cuda.set_device(device)
-    dist.init_process_group('gloo' if device == 'cpu' else 'nccl')
+    device = config.join_processes(device)
 model.to(device)
 
 

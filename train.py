@@ -196,15 +196,7 @@ meta = read_meta()
 # ----------------------------------------------------------------------------- processes
 
 if world > 1:
-    if device.startswith('cuda'):
-        device = f'cuda:{int(os.environ["LOCAL_RANK"])}'
-        torch.cuda.set_device(device)
-    store, *_ = next(dist.rendezvous('env://'))
-    if os.environ.get('GROUP_WORLD_SIZE') == '1':  # torchrun on one machine
-        # Its store outlives the processes: without keys of their own, those that it starts again may find the addresses
-        # of the dead (github.com/pytorch/pytorch/issues/135712). On several machines the counts of restarts can differ.
-        store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
-    dist.init_process_group('gloo' if device == 'cpu' else 'nccl', store=store, rank=rank, world_size=world)
+    device = config.join_processes(device)
 is_main = rank == 0
 
 

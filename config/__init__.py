@@ -1,4 +1,4 @@
-"""What every script shares: settings, tokenizers, atomic writes.
+"""What every script shares: settings, tokenizers, files, processes.
 
 A script declares its settings as plain assignments at its top, then calls `load(globals())`:
 
@@ -210,3 +210,22 @@ def sha256(path):
     """The SHA-256 of a file, in hexadecimal."""
     with open(path, 'rb') as f:
         return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+# ----------------------------------------------------------------------------- processes
+
+
+def join_processes(device):
+    """Join torchrun's other processes, by NCCL on GPUs and gloo on the CPU -> this one's device, such as 'cuda:3'."""
+    import torch
+    import torch.distributed as dist
+    if device != 'cpu':
+        device = f'cuda:{os.environ["LOCAL_RANK"]}'
+        torch.cuda.set_device(device)
+    store, rank, world = next(dist.rendezvous('env://'))
+    if os.environ.get('GROUP_WORLD_SIZE') == '1':  # torchrun on one machine
+        # Its store outlives the processes: without keys of their own, those that it starts again may find the addresses
+        # of the dead (github.com/pytorch/pytorch/issues/135712). On several machines the counts of restarts can differ.
+        store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
+    dist.init_process_group('gloo' if device == 'cpu' else 'nccl', store=store, rank=rank, world_size=world)
+    return device
