@@ -77,6 +77,7 @@ router = 'gru'           # 'gru', 'mlp' or 'linear'
 router_dim = 256         # width of the routers' state
 router_weights = 'linear'      # 'linear' or 'softmax'
 tau = 0.2                # temperature of the softmax weights
+router_start = 'fresh'   # or 'layers'
 balance = 0.0            # coefficient of the load-balancing loss
 n_embd = 768             # width
 n_head = 12              # heads
@@ -93,8 +94,8 @@ SPEED = MODEL | {'weights', 'compare', 'profile', 'trace_dir', 'dtype', 'repeats
 MODES = {'runs': {'of'}, 'table1': {'of', 'size', 'k_a', 'k_f', 'measure', 'batch', 'length'},
          'train': SPEED | {'micro_batch', 'compile'}, 'forward': SPEED | {'micro_batch', 'compile'},
          'decode': SPEED | {'batch', 'prompt', 'new', 'hf_dtype'},
-         'route': {'tokens', 'chunks', 'K', 'router', 'router_dim', 'router_weights', 'tau', 'n_embd', 'n_head',
-                   'block_size', 'dtype', 'repeats'},
+         'route': {'tokens', 'chunks', 'K', 'router', 'router_dim', 'router_weights', 'tau', 'router_start',
+                   'n_embd', 'n_head', 'block_size', 'dtype', 'repeats'},
          'ablate': {'tokens', 'chunks', 'K', 'H', 'n_embd', 'n_head', 'block_size', 'repeats', 'prompt', 'new'},
          'scale': {'repeats', 'tokens', 'n_embd'}, 'saved': MODEL}
 WIDTH = {'gpt2': (768, 12), 'gpt2-medium': (1024, 16), 'gpt2-large': (1280, 20), 'gpt2-xl': (1600, 25)}

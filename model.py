@@ -51,6 +51,7 @@ class MoMConfig:
     router_dim: int = 256           # R, the width of the router's state
     router_weights: str = 'linear'  # weight of a selected module: 'linear' = r (Eq. 5, 6), or 'softmax' of r / tau
     tau: float = 0.2                # temperature of the softmax weights
+    router_start: str = 'fresh'     # 'fresh' (the paper's), or 'layers', which restores the layers; see Router
     balance: float = 0.0            # coefficient of the load-balancing loss; the paper found that it hurts (D.2)
     n_embd: int = 768               # C
     n_head: int = 12
@@ -70,9 +71,14 @@ class MoMConfig:
         if self.n_embd % self.n_head:
             raise ValueError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}')
         for key, known in {'phi': PHI, 'router': ('gru', 'mlp', 'linear'),
-                           'router_weights': ('linear', 'softmax')}.items():
+                           'router_weights': ('linear', 'softmax'), 'router_start': ('fresh', 'layers')}.items():
             if getattr(self, key) not in known:
                 raise ValueError(f'{key}={getattr(self, key)!r} must be one of {", ".join(known)}')
+        if self.router_start == 'layers' and (
+                self.phi != 'mom' or self.router == 'linear' or self.router_weights != 'linear'):
+            raise ValueError("router_start='layers' begins with scores of 1 for weights: it goes with phi='mom', "
+                             "router='gru' or 'mlp' and router_weights='linear', not with "
+                             f"phi={self.phi!r}, router={self.router!r} and router_weights={self.router_weights!r}")
         if self.tau <= 0 or self.balance < 0:
             raise ValueError(f'tau={self.tau} must be above 0, and balance={self.balance} at least 0')
         if not 0 < self.capacity <= 1:
@@ -241,15 +247,24 @@ class Router(nn.Module):
     assembly step to the next; nothing flows between tokens. 'linear' is the gate of a Mixtral layer: one matrix
     per step, on the normalised stream, no state. Arithmetic stays in the weights' own type (fp32 in training)
     under autocast.
+
+    router_start='layers', which is not the paper's: r = W s_h + b_h with a learned b_h for each step, which begins at 1
+    for the modules whose turn it is and at 0 for all others, while W begins at a hundredth of its size. So phase two
+    begins as the model that phase one ended with, if H >= N; see Chunk.qkv for the rest of it.
     """
 
-    def __init__(self, cfg, E, H):
+    def __init__(self, cfg, E, H, N=1):
         super().__init__()
-        C, R, self.E = cfg.n_embd, cfg.router_dim, E
+        C, R, self.E, self.bias = cfg.n_embd, cfg.router_dim, E, None
         self.gru = nn.GRUCell(C, R) if cfg.router == 'gru' else None
         self.mlp = nn.Linear(C, R) if cfg.router == 'mlp' else None
         self.gates = nn.Linear(C, H * E, bias=False) if cfg.router == 'linear' else None
         self.out = nn.Linear(R, E, bias=False) if self.gates is None else None  # W of Eq. 8; its last row scores SKIP
+        if cfg.router_start == 'layers':
+            self.out.weight.data.mul_(0.01)
+            self.bias = nn.Parameter(torch.zeros(H, E))
+            for i in range(N):  # with H > N some steps are nobody's, with H < N several modules share one
+                self.bias.data[i * H // N, i] = 1
 
     def forward(self, x, s, h):
         """x (M, C), state s (M, R) or None at the first step, h the step -> scores r (M, E), next s."""
@@ -259,7 +274,8 @@ class Router(nn.Module):
                 return F.linear(F.layer_norm(x.to(W.dtype), x.shape[-1:]), W), None
             x = x.to(self.out.weight.dtype)
             s = gru(self.gru, x, s) if self.gru else F.gelu(self.mlp(x), approximate='tanh')  # Eq. 7
-            return self.out(s), s                                                             # Eq. 8
+            r = self.out(s)                                                                   # Eq. 8
+            return r if self.bias is None else r + self.bias[h], s
 
 
 def gru(cell, x, s):
@@ -414,12 +430,14 @@ class Chunk(nn.Module):
         one, each = [0], list(range(shape.H))  # the modules of the steps where no router decides
         self.fixed_A = {'vanilla': one, 'mod': one, 'moe': one, 'moe_share': each, 'share': cfg.c_share}.get(self.phi)
         self.fixed_F = {'vanilla': one, 'mod': one, 'share': cfg.c_share}.get(self.phi)
-        self.router_a = None if self.fixed_A else Router(cfg, shape.N_A + cfg.skip, shape.H)
-        self.router_f = None if self.fixed_F else Router(cfg, shape.N_F + cfg.skip, shape.H)
+        self.router_a = None if self.fixed_A else Router(cfg, shape.N_A + cfg.skip, shape.H, shape.N_A)
+        self.router_f = None if self.fixed_F else Router(cfg, shape.N_F + cfg.skip, shape.H, shape.N_F)
         self.router_t = Router(cfg, 1, 1) if self.phi == 'mod' else None
         self.predictor = nn.Sequential(nn.Linear(C, R), nn.GELU(), nn.Linear(R, 1)) if self.phi == 'mod' else None
         self.S, K = 0, min(cfg.K, shape.N_A + cfg.skip)
-        if self.router_a and K > 1 and shape.N_A <= 16 and len(subsets(shape.N_A, K, cfg.skip)) <= MOST_SUBSETS:
+        self.weighted_qkv = cfg.router_start == 'layers'
+        mergeable = self.router_a and K > 1 and not self.weighted_qkv and shape.N_A <= 16
+        if mergeable and len(subsets(shape.N_A, K, cfg.skip)) <= MOST_SUBSETS:
             sets = subsets(shape.N_A, K, cfg.skip)
             self.S = len(sets)
             table = torch.full((2 ** shape.N_A,), self.S)           # a set, as bits -> its number
@@ -480,9 +498,10 @@ class Chunk(nn.Module):
         return [one and (one, stack) for one, stack in zip(modules, stacks)]
 
     def qkv(self, attn, merged, x, d):
-        """The sums inside Eq. 5, which are unweighted: x (M, C) -> (M, 3C)."""
+        """The sums inside Eq. 5: x (M, C) -> (M, 3C). They are unweighted there; under router_start='layers' r weighs
+        them too, or else the second module that a token takes would change its q, k, v at full strength at once."""
         if merged is None or isinstance(d, int):
-            return assemble(qkv_in, attn, x, d, weighted=False)
+            return assemble(qkv_in, attn, x, d, weighted=self.weighted_qkv)
         x = F.layer_norm(x, x.shape[-1:], eps=1e-5)
         if self.S == 1:
             return qkv_merged(merged[0][0], x)

@@ -34,14 +34,15 @@ def gru_cell(x, s, p):
     return (1 - update) * new + update * s
 
 
-def router_step(p, kind, x, s):
-    """Eq. 7 and 8. The input x is the residual stream itself, not normalised. Returns (r, s')."""
+def router_step(p, kind, x, s, h):
+    """Eq. 7 and 8. The input x is the residual stream itself, not normalised. Returns (r, s'). 'bias' (H, entries), if
+    there is one, is added to the scores of step h (router_start='layers')."""
     assert kind in ('gru', 'mlp')
     if kind == 'gru':
         s = gru_cell(x, s, p)
     else:  # Appendix D: two layers and no state, so the old s is not read
         s = gelu_tanh(x @ p['hidden_weight'].T + p['hidden_bias'])
-    return s @ p['W'].T, s  # Eq. 8: r = W s, no bias
+    return s @ p['W'].T + (p['bias'][h] if 'bias' in p else 0), s  # Eq. 8: r = W s
 
 
 def select(r, K, n_modules, skip, weights, tau):
@@ -60,16 +61,17 @@ def select(r, K, n_modules, skip, weights, tau):
     return [(i, w[i]) for i in selected if i < n_modules]  # SKIP adds nothing; the others are not rescaled for it
 
 
-def attention_step(x, pool, routes, n_head):
-    """Eq. 5, o = F^A(x), for one sequence x (T, C)."""
+def attention_step(x, pool, routes, n_head, weighted_qkv=False):
+    """Eq. 5, o = F^A(x), for one sequence x (T, C). weighted_qkv: r weighs q, k, v too (router_start='layers')."""
     T, C = x.shape
     d_head = C // n_head
 
-    q, k, v = [], [], []  # per token: unweighted sums over the token's own selection
+    q, k, v = [], [], []  # per token: in Eq. 5 unweighted sums over the token's own selection
     for t in range(T):
         qkv = x.new_zeros(3 * C)  # stays zero if nothing was selected; others still see this key and this value
-        for m, _ in routes[t]:
-            qkv = qkv + layer_norm(x[t], pool['ln_w'][m], pool['ln_b'][m]) @ pool['qkv_w'][m] + pool['qkv_b'][m]
+        for m, w in routes[t]:
+            one = layer_norm(x[t], pool['ln_w'][m], pool['ln_b'][m]) @ pool['qkv_w'][m] + pool['qkv_b'][m]
+            qkv = qkv + (w * one if weighted_qkv else one)
         q.append(qkv[:C])
         k.append(qkv[C:2 * C])
         v.append(qkv[2 * C:])
@@ -112,16 +114,16 @@ def chunk(x, attn, ffn, router_a, router_f, *, H, K_a, K_f, skip, n_head, kind='
         s_a = [x.new_zeros(router_a['W'].shape[1]) for _ in range(T)]  # s_0 = 0, one state per token
         s_f = [x.new_zeros(router_f['W'].shape[1]) for _ in range(T)]
         steps = []
-        for _ in range(H):
+        for h in range(H):
             routes_a = []
             for t in range(T):
-                r, s_a[t] = router_step(router_a, kind, x_h[t], s_a[t])
+                r, s_a[t] = router_step(router_a, kind, x_h[t], s_a[t], h)
                 routes_a.append(select(r, K_a, N_a, skip, weights, tau))
-            u_h = attention_step(x_h, attn, routes_a, n_head) + x_h  # Eq. 4, first line
+            u_h = attention_step(x_h, attn, routes_a, n_head, 'bias' in router_a) + x_h  # Eq. 4, first line
 
             routes_f = []
             for t in range(T):
-                r, s_f[t] = router_step(router_f, kind, u_h[t], s_f[t])
+                r, s_f[t] = router_step(router_f, kind, u_h[t], s_f[t], h)
                 routes_f.append(select(r, K_f, N_f, skip, weights, tau))
             x_h = ffn_step(u_h, ffn, routes_f) + u_h  # Eq. 4, second line
             steps.append((routes_a, routes_f))

@@ -152,17 +152,35 @@ def dense_params(model):
         if r is None or r.gates:  # dense.py has no Mixtral gate
             return None
         core = (dict(r.gru.named_parameters()) if r.gru else {'hidden_weight': r.mlp.weight, 'hidden_bias': r.mlp.bias})
-        return {'W': r.out.weight, **core}
+        return {'W': r.out.weight, **core} | ({} if r.bias is None else {'bias': r.bias})
     return {'wte': model.wte.weight, 'wpe': model.wpe.weight, 'ln_f_w': model.ln_f.weight, 'ln_f_b': model.ln_f.bias,
             'chunks': [{'attn': dict(c.attn.named_parameters()), 'ffn': dict(c.ffn.named_parameters()),
                         'router_a': router(c.router_a), 'router_f': router(c.router_f)} for c in model.chunks]}
+
+
+@pytest.mark.parametrize('case', [dict(K=1, H=3), dict(K=2, H=3), dict(K=2, H=5),
+                                  dict(K=3, H=3, skip=False, router='mlp')], ids=str)
+def test_routers_that_start_at_the_layers_restore_them(case, tmp_path):
+    hugging_face(tmp_path)
+    idx = torch.randint(0, 211, (2, 20))
+    want = GPT.from_pretrained(str(tmp_path))(idx)[0]
+    model = GPT.from_pretrained(str(tmp_path), chunks='3', router_dim=8, router_start='layers', **case)
+    near = (model(idx)[0] - want).std()
+    with torch.no_grad():
+        for router in (model.chunks[0].router_a, model.chunks[0].router_f):
+            router.out.weight.zero_()
+    assert torch.allclose(model(idx)[0], want, atol=1e-5)
+    fresh = GPT.from_pretrained(str(tmp_path), chunks='3', router_dim=8, **case)(idx)[0]
+    assert 0 < near < 0.05 * (fresh - want).std()
 
 
 CASES = [dict(K=K, H=H, skip=skip) for K, H, skip in itertools.product((1, 2, 3, 4), (1, 2, 6), (True, False))]
 CASES += [dict(K=5, H=2), dict(K=2, H=3, N_A=2, N_F=3), dict(K=4, H=2, N_A=2, skip=False), dict(K=3, H=4, N_A=3, N_F=1),
           dict(K=2, H=3, router='mlp'), dict(K=3, H=3, router='mlp', router_weights='softmax'),
           dict(K=2, H=4, router_weights='softmax'), dict(K=4, H=5, router_weights='softmax', tau=1.0, skip=False),
-          dict(chunks='2-3', K=2, H=2), dict(chunks='4', K=1, H=4, router_dim=1)]
+          dict(chunks='2-3', K=2, H=2), dict(chunks='4', K=1, H=4, router_dim=1),
+          dict(K=1, H=5, router_start='layers'), dict(K=2, H=3, router_start='layers'),
+          dict(K=4, H=2, skip=False, router='mlp', router_start='layers')]
 
 
 @pytest.mark.parametrize('case', CASES, ids=lambda case: ' '.join(f'{k}={v}' for k, v in case.items()))
@@ -258,7 +276,9 @@ def test_flops_formula_counts_what_runs(case, merged, monkeypatch):
     (dict(chunks=''), 'joined by'), (dict(chunks='4-0'), 'joined by'), (dict(n_head=3), 'multiple of n_head'),
     (dict(router='lstm'), 'one of gru, mlp, linear'), (dict(router_weights='relu'), 'one of linear, softmax'),
     (dict(router_weights='softmax', K=1), 'no gradient'), (dict(N_A=5), 'can keep 1 to 4'),
-    (dict(N_F=-1), 'can keep 1 to 4'), (dict(tau=0.0), 'above 0')])
+    (dict(N_F=-1), 'can keep 1 to 4'), (dict(tau=0.0), 'above 0'), (dict(router_start='x'), 'one of fresh, layers'),
+    (dict(router_start='layers', router_weights='softmax'), "goes with .*not with .*'softmax'"),
+    (dict(router_start='layers', router='linear'), "goes with .*not with .*router='linear'")])
 def test_wrong_shapes_name_the_fix(wrong, message):
     with pytest.raises(ValueError, match=message):
         tiny(**wrong)
