@@ -128,6 +128,8 @@ add('vanilla', 'vanilla')
 grid = {(K, H): add(f'k{K}h{H}s', K=K, H=H, skip=True) for K in range(1, 5) for H in range(1, 7)}
 add('vanilla_flops_k2h6s', 'vanilla', equal='k2h6s')
 add('vanilla_flops_k2h4s', 'vanilla', equal='k2h4s')
+for H in (4, 6):
+    add(f'k2h{H}s_layers', K=2, H=H, skip=True, router_start='layers')
 add('mod', chunks=LAYERS, phi='mod', K=1, capacity=0.125, router='linear')
 add('layer_skip', phi='layer_skip', K=1, skip=True)
 add('moe', chunks=LAYERS, phi='moe', experts=4, K=2, **MIXTRAL)
@@ -162,7 +164,9 @@ rows = {
         ('GPT-2 continued to the FLOPs of K2H4S', 'vanilla_flops_k2h4s', ''),
         ('MoD', 'mod', 'MoD'), ('MoD, read as K1H4S', 'layer_skip', 'MoD'), ('MoE', 'moe', 'MoE'),
         ('MoE (share)', 'moe_share', 'share'), ('MoM_E, K3H1S', 'k3h1s', 'E'), ('MoM_I, K3H2S', 'k3h2s', 'I'),
-        ('MoM_P, K2H6S', 'k2h6s', 'P'), ('K2H4S', 'k2h4s', '')]],
+        ('MoM_P, K2H6S', 'k2h6s', 'P'), ('K2H4S', 'k2h4s', ''),
+        ('MoM_P, routers begin at the layers', 'k2h6s_layers', ''),
+        ('K2H4S, routers begin at the layers', 'k2h4s_layers', '')]],
     'table2': [('(1) MoM from scratch', 'scratch', 'phase_one', 2.85, 0.04),
                ('(2) vanilla, phase one', 'phase_one', 'phase_one', 2.81, None),
                ('vanilla continued', 'vanilla', 'vanilla', None, None),
@@ -208,6 +212,12 @@ CLAIMS = [
     ('table1', 'MoM_E outperforms MoD', f'{said["E"]} and {said["MoD"]}', below('k3h1s', 'mod'), 0),
     ('table1', 'MoE, with more parameters, ends below GPT-2 continued', f'{said["MoE"]} and {said["GPT-2"]}',
      below('moe', 'vanilla'), 0),
+    ('table1', 'Routers that begin at the layers end below fresh ones: K2H6S, K2H4S', 'not in the paper',
+     below('k2h6s_layers', 'k2h6s') + below('k2h4s_layers', 'k2h4s'), 0),
+    ('table1', 'With them, MoM_P ends below GPT-2 continued for as many steps', 'not in the paper',
+     below('k2h6s_layers', 'vanilla'), 0),
+    ('table1', 'With them, K2H4S ends below GPT-2 continued for as many FLOPs', 'not in the paper',
+     below('k2h4s_layers', 'vanilla_flops_k2h4s'), 0),
     ('table2', 'From scratch, MoM is worse than vanilla after as many steps', '2.85 and 2.81',
      below('phase_one', 'scratch'), 0),
     ('table2', 'Two phases beat MoM from scratch of as many steps', '2.72 and 2.78', below('k2h6s', 'scratch_more'), 0),
