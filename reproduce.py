@@ -13,7 +13,8 @@ are written anew after every cell.
 How it is compared. Phase two starts from the same phase one and sees the same batches in the same order for as many
 steps, under the same schedule. The baseline is the vanilla model continued for as many steps (the paper's GPT-2 row has
 seen fewer than MoM's), and beside it one continued for as many training FLOPs. The peak learning rate of phase two is
-tuned on the first seed for the vanilla continuation and for K2H4S; all other systems take K2H4S's.
+tuned on the first seed for the vanilla continuation and for K2H4S; all other systems take K2H4S's, and what begins from
+scratch takes phase one's.
 """
 import csv
 import fcntl
@@ -265,11 +266,11 @@ def folder(name, rate, seed):
 
 
 def rate_of(name):
-    """The cell's peak learning rate: its family's best on seed 1. None while results to choose by are not all in; a
-    report chooses by what is there."""
+    """The cell's peak learning rate: phase one's for what begins from scratch, else its family's best on seed 1. None
+    while results to choose by are not all in; a report chooses by what is there."""
     family = cells[name]['family']
-    if family == 'phase_one' or len(rates) == 1:
-        return S['rate'] if family == 'phase_one' else rates[0]
+    if not cells[name]['needs'] or len(rates) == 1:
+        return rates[0] if cells[name]['needs'] else S['rate']
     probe = {'vanilla': 'vanilla', 'mom': 'k2h4s'}[family]
     losses = {rate: records[probe, rate, 1]['loss'] for rate in rates if (probe, rate, 1) in records}
     return min(losses, key=losses.get) if losses and (report or len(losses) == len(rates)) else None
@@ -394,8 +395,8 @@ def write_report():
              'in nats per token, ± the standard deviation over seeds; differences are seed by seed, ± their standard '
              "error. PFLOPs are of training, by the method's count with the modules that were chosen. The paper's "
              f'figures are of GPT-2-{size}, or as its table says.', '',
-             f'Learning rates: phase one {S["rate"]:g}; phase two by the loss of seed 1 (if the best is the first or '
-             'the last, --rates is too short): ' + '; '.join(
+             f'Learning rates: phase one, and all from scratch, {S["rate"]:g}; phase two by the loss of seed 1 (if the '
+             'best is the first or the last, --rates is too short): ' + '; '.join(
                  f'{of} {rate_of(probe) or "–"} (' + ', '.join(f'{rate:g}: ' + (f'{r["loss"]:.3f}' if (
                      r := records.get((probe, rate, 1))) else '–') for rate in rates) + ')'
                  for of, probe in (('vanilla', 'vanilla'), ('all others, by K2H4S,', 'k2h4s'))) + '.']
