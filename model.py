@@ -1057,4 +1057,6 @@ def regroup(state, model, vanilla, source):
                 raise ValueError(f'{source} has {layer} of shape {tuple(w.shape)}, but this model wants {want}: take '
                                  'the settings of its training')
         arranged[name] = torch.cat(parts)
+    if not vanilla and (left := state.keys() - arranged.keys()):
+        raise ValueError(f'{source} has {min(left)}, for which this model has no place: take the settings of its training')
     return arranged

@@ -143,6 +143,12 @@ def test_our_checkpoints_load_the_same_way(tmp_path):
     assert again.cfg == mom.cfg and torch.equal(again(idx)[0], mom(idx)[0])
     with pytest.raises(ValueError, match='assembled already'):
         GPT.from_pretrained(str(tmp_path / 'mom.pt'), chunks='2-2-2')
+    mom = GPT.from_pretrained(str(tmp_path), chunks='1-4-1', K=3, H=2, router_start='layers')
+    torch.save({'model': mom.state_dict(), 'model_config': vars(mom.cfg)}, tmp_path / 'layers.pt')
+    for file, start, message in [('mom', 'layers', 'has no chunks.1.router_a.bias'),
+                                 ('layers', 'fresh', 'has chunks.1.router_a.bias, for which this model has no place')]:
+        with pytest.raises(ValueError, match=message):
+            GPT.from_pretrained(str(tmp_path / f'{file}.pt'), router_start=start)
 
 
 # ----------------------------------------------------------------------------- MoM
