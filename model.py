@@ -1058,5 +1058,6 @@ def regroup(state, model, vanilla, source):
                                  'the settings of its training')
         arranged[name] = torch.cat(parts)
     if not vanilla and (left := state.keys() - arranged.keys()):
-        raise ValueError(f'{source} has {min(left)}, for which this model has no place: take the settings of its training')
+        raise ValueError(f'{source} has {min(left)}, for which this model has no place: take the settings of its '
+                         'training')
     return arranged
