@@ -330,9 +330,10 @@ def draw_transitions(chunks):
                     if p >= 0.15:
                         axis.text(*(at[i] * 1.53), f'{p:.2f}', fontsize=7, ha='center', va='center')
                     continue
-                # To the right of the straight line, so that there and back are two arrows.
+                # To the right of the straight line, so that there and back are two arrows. The number stands on its
+                # arrow, near the beginning: in the middle others cross it.
                 begin, end, d = at[i], at[j], at[j] - at[i]
-                place = begin + 0.36 * d + 0.13 * np.array([d[1], -d[0]])
+                place = begin + 0.28 * d + 2 * 0.28 * 0.72 * 0.14 * np.array([d[1], -d[0]])
                 axis.annotate('', end, begin, arrowprops={**style, 'connectionstyle': 'arc3,rad=0.14'})
                 if p >= 0.15:
                     axis.text(*place, f'{p:.2f}', fontsize=7, ha='center', va='center',
