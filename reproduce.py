@@ -59,6 +59,7 @@ device = 'auto'    # train.py's
 settings, given = config.load(globals())
 
 CLOSE = {'loss': 0.02, 'spikes': 0.2}  # with one seed a smaller difference, in nats per token for loss, decides nothing
+T95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # standard errors of the mean of 2, 3, ... 10 seeds
 TABLES = ('table1', 'table2', 'table4', 'fig3', 'fig4', 'fig5')
 SCALES = {  # steps: phase one, phase two. rate: of phase one. fig3_H: the paper does not say which H its Figure 3 has
     'tiny': dict(text='sotu', tokenizer='bytes', steps=[6, 4], rate=0.01, rates=[0.01], batch_size=4, micro_batch=4,
@@ -370,21 +371,21 @@ def contrast(weights, metric='loss'):
 
 
 def judge(weights, limit, metric):
-    """(verdict, contrast): undecided within twice the standard error, or with one seed within CLOSE, which is meant for
-    the difference of two losses and grows as the noise of a sum of more does."""
+    """(verdict, contrast): undecided within the 95% interval of Student's t, or with one seed within CLOSE, which is
+    meant for the difference of two losses and grows as the noise of a sum of more does."""
     found = contrast(weights, metric)
     if found is None:
         return 'not run', None
-    mean, error, _ = found
+    mean, error, n = found
     noise = max(1, math.sqrt(sum(w * w for w in weights.values()) / 2))
-    room = CLOSE[metric] * noise if error is None else 2 * error
+    room = CLOSE[metric] * noise if error is None else T95[min(n, len(T95) + 1) - 2] * error
     off = (abs(mean) if limit else mean) - limit
     return 'holds' if off < -room else 'does not hold' if off > room else 'undecided', found
 
 
 def signed(found):
-    mean, error, n = found
-    return f'{mean:+.3f}' + (f' ± {error:.3f}' if error is not None else '')
+    mean, error, _ = found
+    return f'{mean:+.3f}' if error is None else f'{mean:+.4f} ± {error:.4f}'
 
 
 def write_report():
@@ -424,8 +425,9 @@ def write_report():
                              + ('baseline ' if name == base else f'{signed(d)} ' if d else '– ') + beside)
             result['rows'][table].append(row)
     lines += ['', "## The paper's claims, at this scale", '',
-              'Undecided: the difference is below twice its standard error or, with one seed, below '
-              f'{CLOSE["loss"]}. A claim of several parts holds if all hold, and does not if one does not.', '',
+              "Undecided: zero is within the 95% interval (Student's t; 4.3 standard errors of three seeds) or, of one "
+              f'seed, a difference below {CLOSE["loss"]}. A claim of several parts holds if all hold, and does not if '
+              'one does not.', '',
               '| where | claim | the paper | ours: difference, of each part | verdict |', '|---|---|---|---|---|']
     for table, claim, paper, contrasts, limit in CLAIMS:
         if table in chosen:
@@ -588,13 +590,19 @@ os.makedirs(out_dir, exist_ok=True)
 probes = [(name, rate, 1) for name in ('vanilla', 'k2h4s') for rate in rates
           if len(rates) > 1 and any(cells[n]['family'] == cells[name]['family'] for n in wanted)]
 everything = closure((name, seed) for name in wanted for seed in range(1, max(seeds, most_seeds) + 1))
-if report:
+
+
+def look_at_all():
     look('phase_one', S['rate'], 1)
     for cell in probes:
         look(*cell)
     for name, seed in everything:
         if rate_of(name):
             look(name, rate_of(name), seed)
+
+
+if report:
+    look_at_all()
     write_report()
     print(f'{out_dir}/results.md')
     sys.exit()
@@ -618,6 +626,7 @@ train_sha256 = meta['train_sha256']
 signal.signal(signal.SIGTERM, ask_to_stop)
 signal.signal(signal.SIGINT, ask_to_stop)
 
+look_at_all()  # seeds that another call has trained belong into every report of this one
 train('learning rates', [('phase_one', None, 1), *probes] if probes else [])
 missing = [folder(*cell) for cell in probes if cell not in records]
 if missing:
