@@ -1,4 +1,5 @@
-"""The paper's tables and figures that are about the loss, run again: Tables 1, 2, 4 and Figures 3, 4, 5.
+"""The paper's tables and figures that are about the loss, run again: Tables 1, 2, 4 and Figures 3, 4, 5; and, which
+the paper does not have, routers that begin at the layers (`routers`).
 
   python reproduce.py                                       hours on 2 CPU cores: 8 layers, width 128, bytes
   python reproduce.py --scale=gpu --text=books/             half an hour of one H100: 8 layers, width 512, GPT-2's BPE
@@ -12,9 +13,10 @@ are written anew after every cell.
 
 How it is compared. Phase two starts from the same phase one and sees the same batches in the same order for as many
 steps, under the same schedule. The baseline is the vanilla model continued for as many steps (the paper's GPT-2 row has
-seen fewer than MoM's), and beside it one continued for as many training FLOPs. The peak learning rate of phase two is
-tuned on the first seed for the vanilla continuation and for K2H4S; all other systems take K2H4S's, and what begins from
-scratch takes phase one's.
+seen fewer than MoM's), and beside it one continued for as many training FLOPs: its loss is interpolated, in the
+logarithm of the FLOPs, between continuations of several lengths, each with its own schedule. The peak learning rate
+of phase two is tuned on the first seed for the vanilla continuation and for K2H4S; all other systems take K2H4S's, and
+what begins from scratch takes phase one's.
 """
 import csv
 import fcntl
@@ -39,7 +41,7 @@ from model import GPT, MoMConfig, load_checkpoint
 
 # --- what
 scale = 'cpu'      # 'cpu', 'gpu', 'paper', or 'tiny', which takes seconds and shows nothing
-only = ''          # which of table1,table2,table4,fig3,fig4,fig5; '' is all
+only = ''          # which of table1,table2,table4,fig3,fig4,fig5,routers; '' is all
 size = 'medium'    # 'small', 'medium', 'large': trained at scale paper; at the others, whose Table 1 stands beside ours
 report = False     # train nothing: write the report of what is there
 # --- text
@@ -47,7 +49,7 @@ text = ''          # prepare.py's dataset: 'sotu', 'openwebtext', files, folders
 data_dir = ''      # where its tokens are, or will be; '' is data/<text>_<tokenizer>
 # --- comparison
 seeds = 1          # of phase two, for every cell
-most_seeds = 3     # for rows of Tables 1 and 2 that end within 0.02 of their baseline
+most_seeds = 3     # for rows of Tables 1 and 2 and of routers that end within 0.02 of a baseline
 steps = []         # of phase one and of phase two, such as [1500,1000]; [] is the scale's
 rates = []         # peak learning rates to choose from in phase two; [] is the scale's, one is no choice
 # --- system
@@ -60,7 +62,10 @@ settings, given = config.load(globals())
 
 CLOSE = {'loss': 0.02, 'spikes': 0.2}  # with one seed a smaller difference, in nats per token for loss, decides nothing
 T95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # standard errors of the mean of 2, 3, ... 10 seeds
-TABLES = ('table1', 'table2', 'table4', 'fig3', 'fig4', 'fig5')
+TABLES = ('table1', 'table2', 'table4', 'fig3', 'fig4', 'fig5', 'routers')
+BUDGETS = (0.55, 1.7, 3.2)  # multiples of phase two's steps for which the vanilla model is continued too: they
+# span the FLOPs of all other systems
+EQUAL = 'vanilla for the FLOPs of '  # + a cell: the vanilla model continued for as many training FLOPs; see record
 SCALES = {  # steps: phase one, phase two. rate: of phase one. fig3_H: the paper does not say which H its Figure 3 has
     'tiny': dict(text='sotu', tokenizer='bytes', steps=[6, 4], rate=0.01, rates=[0.01], batch_size=4, micro_batch=4,
                  eval_tokens=512, n_embd=16, n_head=2, block_size=16, router_dim=8, fig3_H=2, workers=1, processes=1),
@@ -117,21 +122,20 @@ cells = {}  # name -> what train.py is told, and: needs (the cell it starts from
 
 
 def add(name, family='mom', needs='phase_one', max_steps=steps[1], **model):
-    """equal=CELL instead of steps: for as many training FLOPs as that one took."""
     model = dict(chunks=CHUNKS if family == 'mom' else LAYERS, **shape) | model
     if family == 'mom':
         model.setdefault('router_dim', S['router_dim'])
-    cells[name] = dict(family=family, needs=needs, max_steps=max_steps, equal=model.pop('equal', ''), model=model)
+    cells[name] = dict(family=family, needs=needs, max_steps=max_steps, model=model)
     return name
 
 
 add('phase_one', 'phase_one', '', steps[0])
 add('vanilla', 'vanilla')
 grid = {(K, H): add(f'k{K}h{H}s', K=K, H=H, skip=True) for K in range(1, 5) for H in range(1, 7)}
-for like in ('k2h6s', 'k2h4s', 'k3h1s'):
-    add(f'vanilla_flops_{like}', 'vanilla', equal=like)
-for H in (4, 6):
-    add(f'k2h{H}s_layers', K=2, H=H, skip=True, router_start='layers')
+budgets = [add(f'vanilla_x{times:g}', 'vanilla', max_steps=max(1, round(times * steps[1]))) for times in BUDGETS]
+budgets.insert(1, 'vanilla')
+starts = {(K, H): add(f'k{K}h{H}s_layers', K=K, H=H, skip=True, router_start='layers')
+          for K, H in ((1, 4), (2, 4), (2, 6), (3, 1))}
 add('mod', chunks=LAYERS, phi='mod', K=1, capacity=0.125, router='linear')
 add('layer_skip', phi='layer_skip', K=1, skip=True)
 add('moe', chunks=LAYERS, phi='moe', experts=4, K=2, **MIXTRAL)
@@ -162,14 +166,9 @@ FIG3 = [[.384, .555, .254, .254], [.218, .169, .116, .096], [.107, .065, .058, .
 rows = {
     'table1': [(label, cell, 'vanilla', P.get(key), P[key] - P['GPT-2'] if key else None) for label, cell, key in [
         ('GPT-2, phase one only', 'phase_one', 'GPT-2'), ('GPT-2 continued', 'vanilla', ''),
-        ('GPT-2 continued to the FLOPs of MoM_P', 'vanilla_flops_k2h6s', ''),
-        ('GPT-2 continued to the FLOPs of K2H4S', 'vanilla_flops_k2h4s', ''),
-        ('GPT-2 continued to the FLOPs of MoM_E', 'vanilla_flops_k3h1s', ''),
         ('MoD', 'mod', 'MoD'), ('MoD, read as K1H4S', 'layer_skip', 'MoD'), ('MoE', 'moe', 'MoE'),
         ('MoE (share)', 'moe_share', 'share'), ('MoM_E, K3H1S', 'k3h1s', 'E'), ('MoM_I, K3H2S', 'k3h2s', 'I'),
-        ('MoM_P, K2H6S', 'k2h6s', 'P'), ('K2H4S', 'k2h4s', ''),
-        ('MoM_P, routers begin at the layers', 'k2h6s_layers', ''),
-        ('K2H4S, routers begin at the layers', 'k2h4s_layers', '')]],
+        ('MoM_P, K2H6S', 'k2h6s', 'P'), ('K2H4S', 'k2h4s', '')]],
     'table2': [('(1) MoM from scratch', 'scratch', 'phase_one', 2.85, 0.04),
                ('(2) vanilla, phase one', 'phase_one', 'phase_one', 2.81, None),
                ('vanilla continued', 'vanilla', 'vanilla', None, None),
@@ -186,6 +185,14 @@ rows = {
         curves, itertools.product(('from scratch', 'two phases'), ('GRU', 'MLP')))]}
 
 
+more = [(f'GPT-2 continued, {times:g} times the steps', f'vanilla_x{times:g}', 'vanilla', None, None)
+        for times in BUDGETS]
+rows['table1'][2:2] = more
+rows['fig4'] += more
+rows['routers'] = [('GPT-2 continued', 'vanilla', 'vanilla', None, None), *more] + [
+    (f'K{K}H{H}S, {how}', name, 'vanilla', None, None) for (K, H), start in starts.items()
+    for how, name in (('fresh', grid[K, H]), ('begin at the layers', start))]
+
 said = {key: f'{loss:.2f}' for key, loss in P.items()}
 
 
@@ -201,12 +208,9 @@ def mean_below(some, others):  # on average: two lists of as many cells
 CLAIMS = [
     ('table1', 'MoM_P ends below GPT-2 continued for as many steps',
      f'{said["P"]} and {said["GPT-2"]} (of fewer steps)', below('k2h6s', 'vanilla'), 0),
-    ('table1', 'MoM_P ends below GPT-2 continued for as many FLOPs', 'not compared there',
-     below('k2h6s', 'vanilla_flops_k2h6s'), 0),
-    ('table1', 'K2H4S ends below GPT-2 continued for as many FLOPs', 'not compared there',
-     below('k2h4s', 'vanilla_flops_k2h4s'), 0),
-    ('table1', 'MoM_E ends below GPT-2 continued for as many FLOPs', 'not compared there',
-     below('k3h1s', 'vanilla_flops_k3h1s'), 0),
+    *(('table1', f'{label} ends below GPT-2 continued for as many FLOPs', 'not compared there',
+       below(name, EQUAL + name), 0)
+      for label, name in (('MoM_P', 'k2h6s'), ('MoM_I', 'k3h2s'), ('MoM_E', 'k3h1s'), ('MoD', 'mod'), ('MoE', 'moe'))),
     ('table1', 'MoM_P < MoM_I < MoM_E', f'{said["P"]}, {said["I"]}, {said["E"]}', below('k2h6s', 'k3h2s', 'k3h1s'), 0),
     ('table1', 'MoM_P ends below all baselines of Table 1', f'{said["P"]}, the next {min(P["GPT-2"], P["MoE"]):.2f}',
      [{'k2h6s': 1, name: -1} for name in ('vanilla', 'mod', 'moe', 'moe_share')], 0),
@@ -217,12 +221,6 @@ CLAIMS = [
     ('table1', 'MoM_E outperforms MoD', f'{said["E"]} and {said["MoD"]}', below('k3h1s', 'mod'), 0),
     ('table1', 'MoE, with more parameters, ends below GPT-2 continued', f'{said["MoE"]} and {said["GPT-2"]}',
      below('moe', 'vanilla'), 0),
-    ('table1', 'Routers that begin at the layers end below fresh ones: K2H6S, K2H4S', 'not in the paper',
-     below('k2h6s_layers', 'k2h6s') + below('k2h4s_layers', 'k2h4s'), 0),
-    ('table1', 'With them, MoM_P ends below GPT-2 continued for as many steps', 'not in the paper',
-     below('k2h6s_layers', 'vanilla'), 0),
-    ('table1', 'With them, K2H4S ends below GPT-2 continued for as many FLOPs', 'not in the paper',
-     below('k2h4s_layers', 'vanilla_flops_k2h4s'), 0),
     ('table2', 'From scratch, MoM is worse than vanilla after as many steps', '2.85 and 2.81',
      below('phase_one', 'scratch'), 0),
     ('table2', 'Two phases beat MoM from scratch of as many steps', '2.72 and 2.78', below('k2h6s', 'scratch_more'), 0),
@@ -256,7 +254,13 @@ CLAIMS = [
      'spikes in a figure', below('k1h4_gru', 'k1h4_mlp'), 0),
     ('fig5', 'Two phases end below as many steps from scratch, with a GRU router', 'a figure without numbers',
      below('k1h4_gru', 'k1h4_gru_scratch'), 0)]
+for (K, H), start in starts.items():
+    CLAIMS += [('routers', f'K{K}H{H}S with routers that begin at the layers ends below {other}', 'not in the paper',
+                below(start, name), 0) for other, name in (
+                    ('fresh ones', grid[K, H]), ('GPT-2 continued for as many steps', 'vanilla'),
+                    ('GPT-2 continued for as many FLOPs', EQUAL + start))]
 
+phase_two = [name for name, cell in cells.items() if cell['family'] == 'mom' and cell['needs'] == 'phase_one']
 wanted = list(dict.fromkeys(name for table in chosen for _, cell, base, _, _ in rows[table] for name in (cell, base)))
 
 # ----------------------------------------------------------------------------- cells: what is there
@@ -281,15 +285,30 @@ def rate_of(name):
 
 
 def record(name, seed):
+    """Results of a cell, None if they are not in. EQUAL + a cell is the vanilla model continued for as many FLOPs as
+    that one took: linear in their logarithm between the two nearest of the vanilla model's continuations."""
+    if name.startswith(EQUAL):
+        name = name.removeprefix(EQUAL)
+        other, two = record(name, seed), [record(one, seed) for one in around(name, seed)]
+        if not two:
+            return None
+        x, (less, more) = math.log(other['pflops']), (math.log(r['pflops']) for r in two)
+        return dict(loss=float(np.interp(x, (less, more), [r['loss'] for r in two])))
     return records.get((name, rate_of(name), seed))
+
+
+def around(name, seed):
+    """The nearest two continuations of the vanilla model that took fewer and more FLOPs than a cell, if they are in."""
+    there, other = [one for one in budgets if record(one, seed)], record(name, seed)
+    return next(((less, more) for less, more in zip(there, there[1:]) if other and record(less, seed)['pflops']
+                 <= other['pflops'] <= record(more, seed)['pflops']), ())
 
 
 def needed(name, seed):
     """The cells that have to be finished before this one can begin, as (name, seed). All phase two of all seeds begins
     from the same phase one; what was begun from scratch goes on from its own seed."""
     cell = cells[name]
-    found = [(cell['needs'], 1 if cell['needs'].startswith('phase_one') else seed)] if cell['needs'] else []
-    return found + [(cell['equal'], seed)] * bool(cell['equal'])
+    return [(cell['needs'], 1 if cell['needs'].startswith('phase_one') else seed)] if cell['needs'] else []
 
 
 def asked(name, rate, seed):
@@ -297,16 +316,14 @@ def asked(name, rate, seed):
     cell = cells[name]
     if not all(record(*other) for other in needed(name, seed)):
         return None
-    start, max_steps = 'scratch', cell['max_steps']
+    start = 'scratch'
     if cell['needs']:
         before = needed(name, seed)[0]
         start = os.path.join(folder(before[0], rate_of(before[0]), before[1]), 'last.pt')
-    if cell['equal']:
-        max_steps = round(record(cell['equal'], seed)['pflops'] * 1e15 / step_flops(cell['model']))
     first = name == 'scratch' or cell['family'] == 'phase_one'
     batches = 1000 * seed + (337 if first else 338)  # 1337 and 1338, as in config/; 2337 and 2338; ...
-    return dict(common, **cell['model'], data_dir=data_dir, init_from=start, seed=batches, max_steps=max_steps,
-                learning_rate=float(rate), eval_every=max(1, math.ceil(max_steps / 4)))
+    return dict(common, **cell['model'], data_dir=data_dir, init_from=start, seed=batches,
+                max_steps=cell['max_steps'], learning_rate=float(rate), eval_every=math.ceil(cell['max_steps'] / 4))
 
 
 def step_flops(model, k_a=None, k_f=None):
@@ -344,8 +361,7 @@ def look(name, rate, seed):
     records[name, rate, seed] = dict(
         loss=float(val[-1]['val_loss']), perplexity=math.exp(float(val[-1]['val_loss'])),
         bits_per_byte=float(val[-1]['val_bits_per_byte']), steps=want['max_steps'], rate=rate, k_a=k_a, k_f=k_f,
-        pflops=spent, pflops_in_all=spent + sum(record(*other)['pflops_in_all'] for other in needed(name, seed)[:1]
-                                                if cells[name]['needs']),
+        pflops=spent, pflops_in_all=spent + sum(record(*other)['pflops_in_all'] for other in needed(name, seed)),
         minutes=sum(float(row['ms']) for row in log if row['ms']) / 6e4,
         spikes=float(np.percentile(norms, 99) / np.median(norms)))
     return 'finished'
@@ -397,8 +413,9 @@ def write_report():
              f'Phase one {steps[0]:,} steps, phase two {steps[1]:,}, of {S["batch_size"]} sequences of '
              f'{S["block_size"]} tokens ({data_dir}, {S["tokenizer"]}). Losses are of validation after the last step, '
              'in nats per token, ± the standard deviation over seeds; differences are seed by seed, ± their standard '
-             "error. PFLOPs are of training, by the method's count with the modules that were chosen. The paper's "
-             f'figures are of GPT-2-{size}, or as its table says.', '',
+             "error. PFLOPs are of training, by the method's count with the modules that were chosen; for as many, the "
+             "vanilla model's loss is interpolated between its continuations. The paper's figures are of "
+             f'GPT-2-{size}, or as its table says.', '',
              f'Learning rates: phase one, and all from scratch, {S["rate"]:g}; phase two by the loss of seed 1 (if the '
              'best is the first or the last, --rates is too short): ' + '; '.join(
                  f'{of} {rate_of(probe) or "–"} (' + ', '.join(f'{rate:g}: ' + (f'{r["loss"]:.3f}' if (
@@ -407,25 +424,28 @@ def write_report():
     result = dict(command=shlex.join(sys.argv), settings=settings, scale=dict(S, steps=steps, rates=rates), rows={},
                   claims=[], fig5_curves={}, failed=failed)
     for table in chosen:
-        lines += ['', f'## {table.replace("table", "Table ").replace("fig", "Figure ")}', '',
+        title = table.replace('table', 'Table ').replace('fig', 'Figure ').replace('routers', 'Where routers begin')
+        lines += ['', f'## {title}', '',
                   '| system | seeds | loss | perplexity | bits/byte | steps | PFLOPs | in all | from the baseline '
-                  "| paper: loss | paper: from its baseline |", '|' + '---|' * 11]
+                  "| from GPT-2 of as many FLOPs | paper: loss | paper: from its baseline |", '|' + '---|' * 12]
         result['rows'][table] = []
         for label, name, base, paper, away in rows[table]:
             found = [r for seed in range(1, max(seeds, most_seeds) + 1) if (r := record(name, seed))]
             row = dict(label=label, cell=name, baseline=base, runs=found, paper=paper, paper_difference=away)
             beside = (f'| {paper:.2f} |' if paper else '| – |') + (' – |' if away is None else f' {away:+.3f} |')
             if not found:
-                lines.append(f'| {label} |' + ' – |' * 8 + beside[1:])
+                lines.append(f'| {label} |' + ' – |' * 9 + beside[1:])
             else:
                 mean = {k: statistics.fmean(r[k] for r in found) for k in found[0]}
                 spread = statistics.stdev(r['loss'] for r in found) if len(found) > 1 else None
                 row.update(mean=mean, std=spread, difference=(d := contrast({name: 1, base: -1})
-                                                              if name != base else (0.0, None, len(found))))
+                                                              if name != base else (0.0, None, len(found))),
+                           equal_flops=(equal := contrast({name: 1, EQUAL + name: -1}) if name in phase_two else None))
                 lines.append(f'| {label} | {len(found)} | {mean["loss"]:.3f}' + (f' ± {spread:.3f}' if spread else '')
                              + f' | {mean["perplexity"]:.2f} | {mean["bits_per_byte"]:.3f} | {mean["steps"]:,.0f} | '
                              f'{mean["pflops"]:.3g} | {mean["pflops_in_all"]:.3g} | '
-                             + ('baseline ' if name == base else f'{signed(d)} ' if d else '– ') + beside)
+                             + ('baseline | ' if name == base else f'{signed(d)} | ' if d else '– | ')
+                             + (f'{signed(equal)} ' if equal else '– ') + beside)
             result['rows'][table].append(row)
     lines += ['', "## The paper's claims, at this scale", '',
               "Undecided: zero is within the 95% interval (Student's t; 4.3 standard errors of three seeds) or, of one "
@@ -456,14 +476,19 @@ def write_report():
                         color='white' if numbers[f][a] > 0.6 * np.nanmax(numbers) else 'black')
         save_figure(fig, 'fig3')
     if 'fig4' in chosen:
-        fig, ax = plt.subplots(figsize=(6, 4), layout='constrained')
+        fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout='constrained', sharey=True)
+        axes[0].set(xlabel='H', ylabel='validation loss, nats per token', xticks=range(1, 7))
+        axes[1].set(xlabel='PFLOPs of phase two', xscale='log')
         for K in range(1, 5):
-            found = {H: contrast({grid[K, H]: 1}) for H in range(1, 7)}
-            ax.plot([H for H in found if found[H]], [x[0] for x in found.values() if x], 'o-', label=f'K = {K}')
-        if base := contrast({'vanilla': 1}):
-            ax.axhline(base[0], color='gray', ls='--', label='GPT-2 continued')
-        ax.set(xlabel='H', ylabel='validation loss, nats per token', xticks=range(1, 7))
-        ax.legend()
+            if there := {H: r for H in range(1, 7) if (r := record(grid[K, H], 1))}:
+                for ax, x in zip(axes, (list(there), [r['pflops'] for r in there.values()])):
+                    ax.plot(x, [r['loss'] for r in there.values()], 'o-', label=f'K = {K}')
+        if there := [r for name in budgets if (r := record(name, 1))]:
+            axes[1].plot([r['pflops'] for r in there], [r['loss'] for r in there], 'ks--', label='GPT-2 continued')
+        if base := record('vanilla', 1):
+            axes[0].axhline(base['loss'], color='k', ls='--')
+        if axes[1].lines:
+            axes[1].legend()
         save_figure(fig, 'fig4')
     if 'fig5' in chosen:
         fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout='constrained')
@@ -513,8 +538,7 @@ def clock(seconds):
 
 
 def cost(name):  # FLOPs of a cell before it has run: every decision takes all K
-    cell = cells[name]
-    return cost(cell['equal']) if cell['equal'] else step_flops(cell['model']) * cell['max_steps']
+    return step_flops(cells[name]['model']) * cells[name]['max_steps']
 
 
 def start(name, rate, seed, state):
@@ -637,9 +661,11 @@ if missing:
                      'or leave that rate out (--rates)')
 train('tables and figures', [(name, None, seed) for name, seed in closure((n, s) for n in wanted
                                                                          for s in range(1, seeds + 1))])
-close = [(n, s) for table in ('table1', 'table2') if table in chosen for _, name, base, _, _ in rows[table]
-         if name not in (base, 'phase_one') and (d := contrast({name: 1, base: -1})) and abs(d[0]) < CLOSE['loss']
-         for s in range(seeds + 1, most_seeds + 1) for n in (name, base)]
+close = [(n, s) for table in ('table1', 'table2', 'routers') if table in chosen for _, name, base, _, _ in rows[table]
+         if name not in (base, 'phase_one', *budgets)
+         for other, compared in ((base, [base]), (EQUAL + name, around(name, 1)))
+         if (d := contrast({name: 1, other: -1})) and abs(d[0]) < CLOSE['loss']
+         for s in range(seeds + 1, most_seeds + 1) for n in (name, *compared)]
 train('seeds for what is close', [(name, None, seed) for name, seed in closure(close)])
 write_report()
 print(f'{out_dir}/results.md')

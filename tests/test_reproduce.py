@@ -163,6 +163,8 @@ def test_verdicts_and_learning_rates_on_made_up_numbers(tmp_path):
         make_up(out, 'scratch', 3.59, seed=seed, needs='', steps=STEPS[0], **mom)
         make_up(out, 'scratch_more', scratch_more, seed=seed, needs='scratch', **mom)
     make_up(out, 'k2h6s', 2.0, 0.02, **mom)  # not the rate that K2H4S does best with
+    make_up(out, 'vanilla_x1.7', 3.02, 0.02, steps=20)
+    make_up(out, 'vanilla_x3.2', 2.9, 0.02, steps=38)
     args = ['--scale=tiny', f'--out_dir={out}', f'--steps={STEPS}'.replace(' ', ''), '--rates=[0.01,0.02]',
             '--only=table2,fig4', '--report=True']
     done = subprocess.run(command('reproduce.py', *args), cwd=config.ROOT, env=ENV, capture_output=True, text=True)
@@ -183,3 +185,9 @@ def test_verdicts_and_learning_rates_on_made_up_numbers(tmp_path):
     rows = {row['cell']: row for row in results(out)['rows']['table2']}
     assert rows['vanilla']['mean']['loss'] == 3.1 and rows['k2h6s']['mean']['loss'] == pytest.approx(3.1)
     assert '| K1H1S | – |' in markdown and (out / 'fig4.png').exists()
+    # As many FLOPs as the vanilla model takes in 2 to 3 times the steps: its loss there, by the logarithm of the FLOPs.
+    times = rows['k2h6s']['runs'][0]['pflops'] * 1e15 / dense_flops()
+    assert 20 < times < 38
+    as_many = 3.02 - 0.12 * np.log(times / 20) / np.log(38 / 20)
+    assert rows['k2h6s']['equal_flops'] == [pytest.approx(3.0 - as_many), None, 1]  # two seeds lack the longer runs
+    assert rows['same']['equal_flops'][2] == 1 and rows['scratch_more']['equal_flops'] is None
