@@ -136,6 +136,7 @@ budgets = [add(f'vanilla_x{times:g}', 'vanilla', max_steps=max(1, round(times * 
 budgets.insert(1, 'vanilla')
 starts = {(K, H): add(f'k{K}h{H}s_layers', K=K, H=H, skip=True, router_start='layers')
           for K, H in ((1, 4), (2, 4), (2, 6), (3, 1))}
+add('first_layers', phi='share', K=1, c_share=[0], N_A=1, N_F=1)  # nothing is routed: what is dropping layers worth?
 add('mod', chunks=LAYERS, phi='mod', K=1, capacity=0.125, router='linear')
 add('layer_skip', phi='layer_skip', K=1, skip=True)
 add('moe', chunks=LAYERS, phi='moe', experts=4, K=2, **MIXTRAL)
@@ -188,7 +189,7 @@ rows = {
 more = [(f'GPT-2 continued, {times:g} times the steps', f'vanilla_x{times:g}', 'vanilla', None, None)
         for times in BUDGETS]
 rows['table1'][2:2] = more
-rows['fig4'] += more
+rows['fig4'] += [*more, ('GPT-2 with the first layer of each chunk only', 'first_layers', 'vanilla', None, None)]
 rows['routers'] = [('GPT-2 continued', 'vanilla', 'vanilla', None, None), *more] + [
     (f'K{K}H{H}S, {how}', name, 'vanilla', None, None) for (K, H), start in starts.items()
     for how, name in (('fresh', grid[K, H]), ('begin at the layers', start))]
@@ -246,6 +247,8 @@ CLAIMS = [
      sum((mean_below([grid[K, H] for K in range(1, 5)], [grid[K, 1] for K in range(1, 5)]) for H in (2, 4, 6)), []), 0),
     ('fig4', 'Beyond K = 2, H = 1 little is gained: K1H1S to K3H2S gains more than K3H2S to K4H6S',
      'a figure without numbers', [{'k3h2s': 2, 'k1h1s': -1, 'k4h6s': -1}], 0),
+    ('fig4', 'Choosing one of the modules of a chunk is better than taking the first: K1H1S', 'not compared there',
+     below('k1h1s', 'first_layers'), 0),
     ('fig4', 'K3H1S is comparable to K2H6S, within 0.05', f'so the text; Table 1 has {said["E"]} and {said["P"]}',
      [{'k3h1s': 1, 'k2h6s': -1}], 0.05),
     ('fig5', 'From scratch, GRU and MLP routers end within 0.05', 'nearly identical curves',
@@ -485,6 +488,8 @@ def write_report():
                     ax.plot(x, [r['loss'] for r in there.values()], 'o-', label=f'K = {K}')
         if there := [r for name in budgets if (r := record(name, 1))]:
             axes[1].plot([r['pflops'] for r in there], [r['loss'] for r in there], 'ks--', label='GPT-2 continued')
+        if r := record('first_layers', 1):
+            axes[1].plot(r['pflops'], r['loss'], 'kx', label='first layers only')
         if base := record('vanilla', 1):
             axes[0].axhline(base['loss'], color='k', ls='--')
         if axes[1].lines:
