@@ -136,6 +136,7 @@ budgets = [add(f'vanilla_x{times:g}', 'vanilla', max_steps=max(1, round(times * 
 budgets.insert(1, 'vanilla')
 starts = {(K, H): add(f'k{K}h{H}s_layers', K=K, H=H, skip=True, router_start='layers')
           for K, H in ((1, 4), (2, 4), (2, 6), (3, 1))}
+add('k1h4s_layers_narrow', K=1, H=4, skip=True, router_start='layers', router_dim=S['router_dim'] // 4)
 add('first_layers', phi='share', K=1, c_share=[0], N_A=1, N_F=1)  # nothing is routed: what is dropping layers worth?
 add('mod', chunks=LAYERS, phi='mod', K=1, capacity=0.125, router='linear')
 add('layer_skip', phi='layer_skip', K=1, skip=True)
@@ -192,7 +193,8 @@ rows['table1'][2:2] = more
 rows['fig4'] += [*more, ('GPT-2 with the first layer of each chunk only', 'first_layers', 'vanilla', None, None)]
 rows['routers'] = [('GPT-2 continued', 'vanilla', 'vanilla', None, None), *more] + [
     (f'K{K}H{H}S, {how}', name, 'vanilla', None, None) for (K, H), start in starts.items()
-    for how, name in (('fresh', grid[K, H]), ('begin at the layers', start))]
+    for how, name in (('fresh', grid[K, H]), ('begin at the layers', start))] + [
+    ('K1H4S, begin at the layers, routers a quarter as wide', 'k1h4s_layers_narrow', 'vanilla', None, None)]
 
 said = {key: f'{loss:.2f}' for key, loss in P.items()}
 
@@ -262,6 +264,8 @@ for (K, H), start in starts.items():
                 below(start, name), 0) for other, name in (
                     ('fresh ones', grid[K, H]), ('GPT-2 continued for as many steps', 'vanilla'),
                     ('GPT-2 continued for as many FLOPs', EQUAL + start))]
+CLAIMS.append(('routers', 'K1H4S with such routers, a quarter as wide, ends below GPT-2 continued for as many FLOPs',
+               'not in the paper', below('k1h4s_layers_narrow', EQUAL + 'k1h4s_layers_narrow'), 0))
 
 phase_two = [name for name, cell in cells.items() if cell['family'] == 'mom' and cell['needs'] == 'phase_one']
 wanted = list(dict.fromkeys(name for table in chosen for _, cell, base, _, _ in rows[table] for name in (cell, base)))
