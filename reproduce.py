@@ -79,7 +79,7 @@ SCALES = {  # steps: phase one, phase two. rate: of phase one. fig3_H: the paper
                 micro_batch=32, eval_tokens=200_000, n_embd=512, n_head=8, block_size=512, router_dim=128, fig3_H=4,
                 workers=4, processes=1),
     # config/*.py as they are, but for phase one, which is our own 20k steps as in Table 2.
-    # Medium: 67 cells, 1.4e21 FLOPs, 16 days of 8 A100 at 40% of their peak
+    # Medium: 71 cells, 1.5e21 FLOPs, 17 days of 8 A100 at 40% of their peak
     'paper': dict(text='openwebtext', tokenizer='gpt2', steps=[20_000, 10_000], rate=1e-3, rates=[1e-3],
                   batch_size=512, micro_batch=8, eval_tokens=4_000_000, block_size=1024, router_dim=256, fig3_H=6,
                   workers=1, processes=8)}
