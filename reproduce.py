@@ -15,8 +15,9 @@ How it is compared. Phase two starts from the same phase one and sees the same b
 steps, under the same schedule. The baseline is the vanilla model continued for as many steps (the paper's GPT-2 row has
 seen fewer than MoM's), and beside it one continued for as many training FLOPs: its loss is interpolated, in the
 logarithm of the FLOPs, between continuations of several lengths, each with its own schedule. The peak learning rate
-of phase two is tuned on the first seed for the vanilla continuation and for K2H4S; all other systems take K2H4S's, and
-what begins from scratch takes phase one's.
+of phase two is tuned on the first seed: for the vanilla continuation, for K1H4S with routers that begin at the layers,
+whose rate all such routers take, and for K2H4S, whose rate all other systems take. What begins from scratch takes phase
+one's.
 """
 import csv
 import fcntl
@@ -63,6 +64,7 @@ settings, given = config.load(globals())
 CLOSE = {'loss': 0.02, 'spikes': 0.2}  # with one seed a smaller difference, in nats per token for loss, decides nothing
 T95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # standard errors of the mean of 2, 3, ... 10 seeds
 TABLES = ('table1', 'table2', 'table4', 'fig3', 'fig4', 'fig5', 'routers')
+PROBES = {'vanilla': 'vanilla', 'layers': 'k1h4s_layers', 'mom': 'k2h4s'}  # family -> who finds its learning rate
 BUDGETS = (0.55, 1.7, 3.2)  # multiples of phase two's steps for which the vanilla model is continued too: they
 # span the FLOPs of all other systems
 EQUAL = 'vanilla for the FLOPs of '  # + a cell: the vanilla model continued for as many training FLOPs; see record
@@ -122,8 +124,9 @@ cells = {}  # name -> what train.py is told, and: needs (the cell it starts from
 
 
 def add(name, family='mom', needs='phase_one', max_steps=steps[1], **model):
-    model = dict(chunks=CHUNKS if family == 'mom' else LAYERS, **shape) | model
-    if family == 'mom':
+    routed = family in ('mom', 'layers')
+    model = dict(chunks=CHUNKS if routed else LAYERS, **shape) | model
+    if routed:
         model.setdefault('router_dim', S['router_dim'])
     cells[name] = dict(family=family, needs=needs, max_steps=max_steps, model=model)
     return name
@@ -134,9 +137,9 @@ add('vanilla', 'vanilla')
 grid = {(K, H): add(f'k{K}h{H}s', K=K, H=H, skip=True) for K in range(1, 5) for H in range(1, 7)}
 budgets = [add(f'vanilla_x{times:g}', 'vanilla', max_steps=max(1, round(times * steps[1]))) for times in BUDGETS]
 budgets.insert(1, 'vanilla')
-starts = {(K, H): add(f'k{K}h{H}s_layers', K=K, H=H, skip=True, router_start='layers')
+starts = {(K, H): add(f'k{K}h{H}s_layers', 'layers', K=K, H=H, skip=True, router_start='layers')
           for K, H in ((1, 4), (2, 4), (2, 6), (3, 1))}
-add('k1h4s_layers_narrow', K=1, H=4, skip=True, router_start='layers', router_dim=S['router_dim'] // 4)
+add('k1h4s_layers_narrow', 'layers', K=1, H=4, skip=True, router_start='layers', router_dim=S['router_dim'] // 4)
 add('first_layers', phi='share', K=1, c_share=[0], N_A=1, N_F=1)  # nothing is routed: what is dropping layers worth?
 add('mod', chunks=LAYERS, phi='mod', K=1, capacity=0.125, router='linear')
 add('layer_skip', phi='layer_skip', K=1, skip=True)
@@ -267,7 +270,7 @@ for (K, H), start in starts.items():
 CLAIMS.append(('routers', 'K1H4S with such routers, a quarter as wide, ends below GPT-2 continued for as many FLOPs',
                'not in the paper', below('k1h4s_layers_narrow', EQUAL + 'k1h4s_layers_narrow'), 0))
 
-phase_two = [name for name, cell in cells.items() if cell['family'] == 'mom' and cell['needs'] == 'phase_one']
+phase_two = [name for name, cell in cells.items() if cell['family'] != 'vanilla' and cell['needs'] == 'phase_one']
 wanted = list(dict.fromkeys(name for table in chosen for _, cell, base, _, _ in rows[table] for name in (cell, base)))
 
 # ----------------------------------------------------------------------------- cells: what is there
@@ -286,7 +289,7 @@ def rate_of(name):
     family = cells[name]['family']
     if not cells[name]['needs'] or len(rates) == 1:
         return rates[0] if cells[name]['needs'] else S['rate']
-    probe = {'vanilla': 'vanilla', 'mom': 'k2h4s'}[family]
+    probe = PROBES[family]
     losses = {rate: records[probe, rate, 1]['loss'] for rate in rates if (probe, rate, 1) in records}
     return min(losses, key=losses.get) if losses and (report or len(losses) == len(rates)) else None
 
@@ -427,7 +430,8 @@ def write_report():
              'best is the first or the last, --rates is too short): ' + '; '.join(
                  f'{of} {rate_of(probe) or "–"} (' + ', '.join(f'{rate:g}: ' + (f'{r["loss"]:.3f}' if (
                      r := records.get((probe, rate, 1))) else '–') for rate in rates) + ')'
-                 for of, probe in (('vanilla', 'vanilla'), ('all others, by K2H4S,', 'k2h4s'))) + '.']
+                 for of, probe in zip(('vanilla', 'routers that begin at the layers, by K1H4S,',
+                                       'all others, by K2H4S,'), PROBES.values())) + '.']
     result = dict(command=shlex.join(sys.argv), settings=settings, scale=dict(S, steps=steps, rates=rates), rows={},
                   claims=[], fig5_curves={}, failed=failed)
     for table in chosen:
@@ -623,8 +627,8 @@ def train(what, todo):
 matplotlib.use('Agg')
 meta_path, vocab_size = os.path.join(data_dir, 'meta.json'), {'bytes': 257, 'gpt2': 50257}[S['tokenizer']]
 os.makedirs(out_dir, exist_ok=True)
-probes = [(name, rate, 1) for name in ('vanilla', 'k2h4s') for rate in rates
-          if len(rates) > 1 and any(cells[n]['family'] == cells[name]['family'] for n in wanted)]
+probes = [(probe, rate, 1) for family, probe in PROBES.items() for rate in rates
+          if len(rates) > 1 and any(cells[name]['family'] == family for name in wanted)]
 everything = closure((name, seed) for name in wanted for seed in range(1, max(seeds, most_seeds) + 1))
 
 
