@@ -250,6 +250,8 @@ def analyse(model, idx, kinds, device, batch, seed):
         out['chunks'].append(dict(
             chunk=c, kind=kind, N=N, steps=steps, modules_per_token=float(real.mean()),
             shares=share,  # a row a module, SKIP last, a column a step
+            mean_weights=[[float(d.weights[d.ids == i].mean()) if (d.ids == i).any() else None for d in ds]
+                          for i in range(N)],  # how loud a module speaks to those that select it; likewise
             transitions=transitions(masks, N).tolist(), distinct_routes=len(names),
             routes=[dict(route=names[i], share=float(counts[ranked[i]] / M)) for i in range(min(routes, len(names)))],
             off_the_commonest=float(1 - counts[ranked[0]] / M), route_entropy=entropy(number),

@@ -487,7 +487,7 @@ def write_report():
                         color='white' if numbers[f][a] > 0.6 * np.nanmax(numbers) else 'black')
         save_figure(fig, 'fig3')
     if 'fig4' in chosen:
-        fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout='constrained', sharey=True)
+        fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout='constrained')
         axes[0].set(xlabel='H', ylabel='validation loss, nats per token', xticks=range(1, 7))
         axes[1].set(xlabel='PFLOPs of phase two', xscale='log')
         for K in range(1, 5):

@@ -128,6 +128,10 @@ def test_the_numbers_of_a_model_by_counting():
         assert one['route_entropy'] == pytest.approx(-sum(n / 120 * math.log2(n / 120) for n in routes.values()))
         for i in range(5):
             assert one['shares'][i] == pytest.approx([np.mean([i in s for s in step]) for step in picked])
+            for h in range(3) if i < 4 else ():
+                pairs = zip(decisions[*key, h].ids.flatten().tolist(), decisions[*key, h].weights.flatten().tolist())
+                its = [w for j, w in pairs if i == j]
+                assert one['mean_weights'][i][h] == (pytest.approx(np.mean(its)) if its else None)
         skip = np.array([[4 in s for s in step] for step in picked])
         assert one['skip_by_step'] == pytest.approx(skip.mean(1)) == one['shares'][4]
         for k, name in enumerate(analyze.KINDS):
