@@ -190,10 +190,11 @@ rows = {
         curves, itertools.product(('from scratch', 'two phases'), ('GRU', 'MLP')))]}
 
 
-more = [(f'GPT-2 continued, {times:g} times the steps', f'vanilla_x{times:g}', 'vanilla', None, None)
-        for times in BUDGETS]
+more = [(label, name, 'vanilla', None, None) for label, name in [
+    *((f'GPT-2 continued, {times:g} times the steps', f'vanilla_x{times:g}') for times in BUDGETS),
+    ('GPT-2 with the first layer of each chunk only', 'first_layers')]]
 rows['table1'][2:2] = more
-rows['fig4'] += [*more, ('GPT-2 with the first layer of each chunk only', 'first_layers', 'vanilla', None, None)]
+rows['fig4'] += more
 rows['routers'] = [('GPT-2 continued', 'vanilla', 'vanilla', None, None), *more] + [
     (f'K{K}H{H}S, {how}', name, 'vanilla', None, None) for (K, H), start in starts.items()
     for how, name in (('fresh', grid[K, H]), ('begin at the layers', start))] + [
