@@ -5,6 +5,7 @@ the paper does not have, routers that begin at the layers (`routers`).
   python reproduce.py --scale=gpu --text=books/             half an hour of one H100: 8 layers, width 512, GPT-2's BPE
   python reproduce.py --scale=paper --size=small            the full recipe on 8 GPUs, one of its three sizes
   python reproduce.py --only=table1,fig4 --seeds=3          some of it, with more seeds
+  python reproduce.py --only=fig4 --cells=k1h1s,k1h6s       of that, some cells, and what they are compared with
   python reproduce.py --report=True                         tables, figures and verdicts of what is there, no training
 
 A cell is one run of train.py, in its own folder of out_dir. One that is finished is not done again, one that was
@@ -43,6 +44,7 @@ from model import GPT, MoMConfig, load_checkpoint
 # --- what
 scale = 'cpu'      # 'cpu', 'gpu', 'paper', or 'tiny', which takes seconds and shows nothing
 only = ''          # which of table1,table2,table4,fig3,fig4,fig5,routers; '' is all
+cells = ''         # which of their cells, by name as in results.json; '' is all
 size = 'medium'    # 'small', 'medium', 'large': trained at scale paper; at the others, whose Table 1 stands beside ours
 report = False     # train nothing: write the report of what is there
 # --- text
@@ -89,7 +91,7 @@ SCALES = {  # steps: phase one, phase two. rate: of phase one. fig3_H: the paper
 for key, known in (('scale', SCALES), ('size', ('small', 'medium', 'large'))):
     if settings[key] not in known:
         raise ValueError(f'{key}={settings[key]!r} must be one of {", ".join(known)}')
-chosen = only.split(',') if only else list(TABLES)
+chosen, picked = only.split(',') if only else list(TABLES), cells.split(',') if cells else []
 for table in chosen:
     if table not in TABLES:
         raise ValueError(f'only={only!r}: {table!r} is none of {", ".join(TABLES)}')
@@ -120,7 +122,8 @@ else:
     shape = dict(n_embd=S['n_embd'], n_head=S['n_head'])
     LAYERS, CHUNKS = '1-1-1-1-1-1-1-1', '1-1-4-1-1'
 
-cells = {}  # name -> what train.py is told, and: needs (the cell it starts from), family (whose learning rate it takes)
+# name of a cell -> what train.py is told, and: needs (the cell it starts from), family (whose learning rate it takes)
+recipes = {}
 
 
 def add(name, family='mom', needs='phase_one', max_steps=steps[1], **model):
@@ -128,7 +131,7 @@ def add(name, family='mom', needs='phase_one', max_steps=steps[1], **model):
     model = dict(chunks=CHUNKS if routed else LAYERS, **shape) | model
     if routed:
         model.setdefault('router_dim', S['router_dim'])
-    cells[name] = dict(family=family, needs=needs, max_steps=max_steps, model=model)
+    recipes[name] = dict(family=family, needs=needs, max_steps=max_steps, model=model)
     return name
 
 
@@ -208,7 +211,7 @@ def below(*names):  # each cell ends below the next: contrasts, sums of losses t
 
 
 def mean_below(some, others):  # on average: two lists of as many cells
-    return [{name: sign / len(some) for names, sign in ((some, 1), (others, -1)) for name in names}]
+    return {name: sign / len(some) for names, sign in ((some, 1), (others, -1)) for name in names}
 
 
 # (where, claim, the paper's figures, contrasts, limit): each contrast is below 0, or within +-limit if there is one
@@ -246,11 +249,11 @@ CLAIMS = [
      '-0.005 and +0.036', [{'na2_nf4': 2, 'na4_nf4': -1, 'na1_nf4': -1}], 0),
     ('fig3', 'Attention is more redundant: removing two, or three, costs less of N_A than of N_F',
      '-0.005 and +0.096; +0.031 and +0.254', below('na2_nf4', 'na4_nf2') + below('na1_nf4', 'na4_nf1'), 0),
-    ('fig4', 'More modules at a step are better: K = 2, 3, 4 end below K = 1, on average over H',
-     'a figure without numbers',
-     sum((mean_below([grid[K, H] for H in range(1, 7)], [grid[1, H] for H in range(1, 7)]) for K in (2, 3, 4)), []), 0),
-    ('fig4', 'More steps are better: H = 2, 4, 6 end below H = 1, on average over K', 'a figure without numbers',
-     sum((mean_below([grid[K, H] for K in range(1, 5)], [grid[K, 1] for K in range(1, 5)]) for H in (2, 4, 6)), []), 0),
+    ('fig4', 'More modules at a step are better: K = 2, 3, 4 end below K = 1, on average over H = 1 and 6',
+     'a figure without numbers', [mean_below([grid[K, 1], grid[K, 6]], [grid[1, 1], grid[1, 6]]) for K in (2, 3, 4)],
+     0),
+    ('fig4', 'More steps are better: H = 6 ends below H = 1, on average over K', 'a figure without numbers',
+     [mean_below([grid[K, 6] for K in range(1, 5)], [grid[K, 1] for K in range(1, 5)])], 0),
     ('fig4', 'Beyond K = 2, H = 1 little is gained: K1H1S to K3H2S gains more than K3H2S to K4H6S',
      'a figure without numbers', [{'k3h2s': 2, 'k1h1s': -1, 'k4h6s': -1}], 0),
     ('fig4', 'Choosing one of the modules of a chunk is better than taking the first: K1H1S', 'not compared there',
@@ -271,8 +274,13 @@ for (K, H), start in starts.items():
 CLAIMS.append(('routers', 'K1H4S with such routers, a quarter as wide, ends below GPT-2 continued for as many FLOPs',
                'not in the paper', below('k1h4s_layers_narrow', EQUAL + 'k1h4s_layers_narrow'), 0))
 
-phase_two = [name for name, cell in cells.items() if cell['family'] != 'vanilla' and cell['needs'] == 'phase_one']
-wanted = list(dict.fromkeys(name for table in chosen for _, cell, base, _, _ in rows[table] for name in (cell, base)))
+phase_two = [name for name, cell in recipes.items() if cell['family'] != 'vanilla' and cell['needs'] == 'phase_one']
+known = list(dict.fromkeys(name for table in chosen for _, cell, base, _, _ in rows[table] for name in (cell, base)))
+for name in picked:
+    if name not in known:
+        raise ValueError(f'cells={cells!r}: {name!r} is none of those of {",".join(chosen)}: {", ".join(known)}')
+wanted = list(dict.fromkeys(name for table in chosen for _, cell, base, _, _ in rows[table]
+                            if cell in (picked or known) for name in (base, cell)))
 
 # ----------------------------------------------------------------------------- cells: what is there
 
@@ -287,9 +295,9 @@ def folder(name, rate, seed):
 def rate_of(name):
     """The cell's peak learning rate: phase one's for what begins from scratch, else its family's best on seed 1. None
     while results to choose by are not all in; a report chooses by what is there."""
-    family = cells[name]['family']
-    if not cells[name]['needs'] or len(rates) == 1:
-        return rates[0] if cells[name]['needs'] else S['rate']
+    family = recipes[name]['family']
+    if not recipes[name]['needs'] or len(rates) == 1:
+        return rates[0] if recipes[name]['needs'] else S['rate']
     probe = PROBES[family]
     losses = {rate: records[probe, rate, 1]['loss'] for rate in rates if (probe, rate, 1) in records}
     return min(losses, key=losses.get) if losses and (report or len(losses) == len(rates)) else None
@@ -318,13 +326,13 @@ def around(name, seed):
 def needed(name, seed):
     """The cells that have to be finished before this one can begin, as (name, seed). All phase two of all seeds begins
     from the same phase one; what was begun from scratch goes on from its own seed."""
-    cell = cells[name]
+    cell = recipes[name]
     return [(cell['needs'], 1 if cell['needs'].startswith('phase_one') else seed)] if cell['needs'] else []
 
 
 def asked(name, rate, seed):
     """train.py's settings for a cell, without those of the system; None while what it depends on is not finished."""
-    cell = cells[name]
+    cell = recipes[name]
     if not all(record(*other) for other in needed(name, seed)):
         return None
     start = 'scratch'
@@ -552,7 +560,7 @@ def clock(seconds):
 
 
 def cost(name):  # FLOPs of a cell before it has run: every decision takes all K
-    return step_flops(cells[name]['model']) * cells[name]['max_steps']
+    return step_flops(recipes[name]['model']) * recipes[name]['max_steps']
 
 
 def start(name, rate, seed, state):
@@ -629,8 +637,8 @@ matplotlib.use('Agg')
 meta_path, vocab_size = os.path.join(data_dir, 'meta.json'), {'bytes': 257, 'gpt2': 50257}[S['tokenizer']]
 os.makedirs(out_dir, exist_ok=True)
 probes = [(probe, rate, 1) for family, probe in PROBES.items() for rate in rates
-          if len(rates) > 1 and any(cells[name]['family'] == family for name in wanted)]
-everything = closure((name, seed) for name in wanted for seed in range(1, max(seeds, most_seeds) + 1))
+          if len(rates) > 1 and any(recipes[name]['family'] == family for name in wanted)]
+everything = closure((name, seed) for name in known for seed in range(1, max(seeds, most_seeds) + 1))
 
 
 def look_at_all():
@@ -676,7 +684,7 @@ if missing:
 train('tables and figures', [(name, None, seed) for name, seed in closure((n, s) for n in wanted
                                                                          for s in range(1, seeds + 1))])
 close = [(n, s) for table in ('table1', 'table2', 'routers') if table in chosen for _, name, base, _, _ in rows[table]
-         if name not in (base, 'phase_one', *budgets)
+         if name in wanted and name not in (base, 'phase_one', *budgets)
          for other, compared in ((base, [base]), (EQUAL + name, around(name, 1)))
          if (d := contrast({name: 1, other: -1})) and abs(d[0]) < CLOSE['loss']
          for s in range(seeds + 1, most_seeds + 1) for n in (name, *compared)]

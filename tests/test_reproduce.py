@@ -86,11 +86,13 @@ def run(text, tmp_path_factory):  # noqa: F811
     _, stderr = process.communicate()
     assert process.returncode == 1 and 'The same command goes on' in stderr, stderr
     stopped = torch.load(first / 'last.pt', weights_only=True)['step']
-    return out, stopped, reproduce(text, out, *args), there
+    stdout = reproduce(text, out, *args)
+    chosen = reproduce(text, out, '--only=fig4,fig5,table2', '--cells=k1h1s', '--most_seeds=2')
+    return out, stopped, stdout, there, chosen
 
 
 def test_what_was_stopped_goes_on(run):
-    out, stopped, _, _ = run
+    out, stopped, *_ = run
     first = out / 'phase_one_lr0.01_seed1'
     assert 3 <= stopped < STEPS[0]
     assert f'weights at step {stopped}:' in (first / 'output.txt').read_text()
@@ -125,12 +127,12 @@ def test_the_report_says_what_the_logs_say(run):
 
 
 def test_finished_cells_are_kept_and_close_ones_get_another_seed(run):
-    out, _, stdout, there = run
+    out, _, stdout, there, _ = run
     now = {path: path.stat().st_mtime_ns for path in out.glob('*/log.csv')}
     assert there.items() <= now.items()
     assert {path.parent.name for path in now.keys() - there.keys()} == {
         f'{name}_lr0.01_seed{seed}' for name, seed in (('phase_one', 1), ('k1h4_gru', 1), ('k1h4_mlp_scratch', 1),
-                                                       ('k2h6s', 2))}
+                                                       ('k2h6s', 2), ('k1h1s', 1))}
     assert 'seeds for what is close: 1 trainings to do' in stdout and '1/1 k2h6s_lr0.01_seed2' in stdout
     rows = {row['cell']: row for row in results(out)['rows']['table2']}
     runs = rows['k2h6s']['runs']
@@ -143,6 +145,16 @@ def test_finished_cells_are_kept_and_close_ones_get_another_seed(run):
     chunk = 6 * ((8 * 1.75 + 16 * 1.5) * C * C + 4 * T * C + 2 * 2 * (3 * 8 * (C + 8) + 8 * 5))
     per_token = 4 * (24 * C * C + 4 * T * C) + chunk + 2 * C * V
     assert runs[0]['pflops'] * 1e15 == pytest.approx(3 * B * T * per_token * STEPS[1])
+
+
+def test_chosen_cells_alone_are_trained_and_all_that_is_there_is_reported(run, text):  # noqa: F811
+    out, *_, stdout = run
+    assert 'tables and figures: 1 trainings to do, 2 done' in stdout  # phase one, vanilla
+    rows = results(out)['rows']
+    assert {row['cell'] for row in rows['fig4'] if row['runs']} == {'k1h1s', 'k2h6s'}
+    assert len(rows['table2'][4]['runs']) == 2 and all(row['runs'] for row in rows['fig5'])
+    error = reproduce(text, out, '--only=table4', '--cells=k1h4s,k1h1s', fails=True)
+    assert "'k1h1s' is none of those of table4: k1h4s, cut_1-6-1_k1h6s, " in error
 
 
 def test_other_settings_are_refused(run, text):  # noqa: F811
