@@ -10,7 +10,8 @@ route; and analysis.json, which says how far the routes depend on the token:
 
 - off the commonest: the share of tokens that take another route through a chunk than most;
 - information: what a token says about its route, in bits, and what its position says. Few samples look like
-  information; so the mean over five random pairings of tokens and routes is subtracted;
+  information; so the scale is that of 0 for the mean of five random pairings of tokens and routes, and of the entropy
+  of the routes for a token that decides all (adjusted mutual information);
 - loss: as it is; with the routes, weights included, exchanged at random between all tokens, or between occurrences of
   the same token; and with every decision frozen to its commonest choice, at the mean weights of those who chose it. If
   routes did not matter, all would be equal; if the token alone decided them, the exchange between equals were free.
@@ -77,7 +78,7 @@ def token_texts(tokenizer, ids):
 
 
 def kind_of(before, raw):
-    """What kind of token the bytes `raw` are after the bytes `before`: an index of KINDS."""
+    """What kind of token the bytes `raw` are after the text `before`: an index of KINDS."""
     text = raw.decode('utf-8', errors='ignore')
     core = text.strip()
     if raw and not text or not raw or text == config.EOT:
@@ -87,7 +88,7 @@ def kind_of(before, raw):
     if core[0].isdigit():
         return 3
     if core[0].isalpha():
-        return 2 if text[0].isalpha() and before[-1:].decode('ascii', errors='ignore').isalpha() else 1
+        return 2 if text[0].isalpha() and before[-1:].isalpha() else 1
     return 4 if core.isascii() else 5
 
 
@@ -105,14 +106,14 @@ def read_ids(tokenizer, block_size, checkpoint):
         if not os.path.isfile(where):
             raise ValueError(f'no text at {where}: give a folder of prepare.py (--data_dir=...) or a file (--text=...)')
         ids = np.fromfile(where, dtype='<u2').astype(np.int64)
-    size = min(block_size, len(ids) - 1)
+    size = min(block_size, len(ids) - 1, max(2, tokens))
     if size < 2:
         raise ValueError(f'{where} has {len(ids)} tokens, too few to look at: give more text')
     if ids.max() >= tokenizer.n_vocab:
         raise ValueError(f'{where} holds token id {ids.max()}, but the tokenizer {tokenizer.name!r} of {source} knows '
                          f'{tokenizer.n_vocab}: prepare the text with that one')
     room = (len(ids) - 1) // size
-    n = max(1, min(room, tokens // size))
+    n = min(room, max(1, tokens // size))
     return np.stack([ids[o:o + size + 1] for o in np.arange(n) * room // n * size])
 
 
@@ -196,15 +197,18 @@ def entropy(*columns):
     """Of the joint distribution of columns of whole numbers (M,), in bits."""
     counts = np.unique(np.stack(columns), axis=1, return_counts=True)[1]
     p = counts / counts.sum()
-    return float(-(p * np.log2(p)).sum())
+    return float((p * np.log2(1 / p)).sum())
 
 
 def information(a, b, rng):
-    """Mutual information of two columns in bits, less the mean of SHUFFLES random pairings: the plug-in estimate counts
-    chance as information, and random pairings have chance alone."""
-    rest = entropy(a) + entropy(b)
-    by_chance = np.mean([rest - entropy(a, rng.permutation(b)) for _ in range(SHUFFLES)])
-    return rest - entropy(a, b) - float(by_chance)
+    """What column a says about column b, in bits: their mutual information I, adjusted for chance as Vinh et al. 2010.
+
+    The plug-in estimate counts chance as information, and random pairings, SHUFFLES of them, have chance alone; but
+    where a decides b there is no chance, and I is the entropy of b. So it is (I - chance) H(b) / (H(b) - chance).
+    """
+    most, rest = entropy(b), entropy(a) + entropy(b)
+    chance = float(np.mean([rest - entropy(a, rng.permutation(b)) for _ in range(SHUFFLES)]))
+    return (rest - entropy(a, b) - chance) * most / max(most - chance, 1e-12)
 
 
 def transitions(masks, N):
@@ -221,8 +225,6 @@ def analyse(model, idx, kinds, device, batch, seed):
     """All numbers, as a dict for JSON; and of each (chunk, kind) the tokens' routes: numbers (M,), and their names."""
     rng, T = np.random.default_rng(seed), idx.shape[1] - 1
     loss, decisions = run(model, idx, device, batch)
-    if not decisions:
-        raise ValueError(f'{source} has no routers: give a model of phase two')
     M = idx.shape[0] * T
     token, position = idx[:, :-1].flatten(), np.tile(np.arange(T), len(idx))
     equal = np.empty(M, dtype=np.int64)  # each token -> another occurrence of it
@@ -377,12 +379,13 @@ def draw_curves(runs):
             rows = list(csv.DictReader(f))
         train = [(int(r['step']), float(r['loss'])) for r in rows if r['loss']]
         val = [(int(r['step']), float(r['val_loss'])) for r in rows if r['val_loss']]
+        if not train or not val:
+            raise ValueError(f'{folder} has no finished steps yet: its curve comes later')
         width = max(1, len(train) // 50)
         mean = np.convolve([v for _, v in train], np.ones(width) / width, 'valid')
-        name, colour = os.path.basename(os.path.normpath(folder)), f'C{n}'
-        axis.plot([s for s, _ in train[width - 1:]], mean, color=colour, alpha=0.5, lw=1)
-        axis.plot(*zip(*val), 'o-', color=colour, label=f'{name}: {val[-1][1]:.3f}')
-        numbers[name] = dict(train=train, validation=val)
+        axis.plot([s for s, _ in train[width - 1:]], mean, color=f'C{n}', alpha=0.5, lw=1)
+        axis.plot(*zip(*val), 'o-', color=f'C{n}', label=f'{folder}: {val[-1][1]:.3f}')
+        numbers[folder] = dict(train=train, validation=val)
         drawn += mean.tolist()
     axis.set(xlabel='step', ylabel='loss, nats per token (points: validation)')
     axis.set_ylim(0.97 * min(drawn), 1.1 * np.quantile(drawn, 0.97))  # where a fresh model starts is off the picture
@@ -391,9 +394,9 @@ def draw_curves(runs):
     save(figure, numbers, 'curves')
 
 
-def write_page(texts, named, chunks):
-    """page.html: the first `page` tokens, once for each kind of module and chunk, coloured by route. No script, no
-    network; light or dark as the reader's system is."""
+def write_page(texts, T, named, chunks):
+    """page.html: the first `page` tokens, once for each kind of module and chunk, coloured by route, with a line
+    between sequences of T tokens. No script, no network; light or dark as the reader's system is."""
     style = ''.join(f'.r{i}{{background:var(--r{i})}}' for i in range(routes))
     light, dark = (';'.join(f'--r{i}:{colour[i % len(colour)]}' for i in range(routes)) for colour in (LIGHT, DARK))
     parts = [f'''<!doctype html>
@@ -407,15 +410,17 @@ padding:0 1rem}}
 .key{{padding:1px 6px;display:inline-block;margin:2px}}summary{{cursor:pointer;font-weight:600;margin-top:1rem}}
 .rest{{background:var(--rest)}}{style}</style></head><body>
 <h1>Routes of {html.escape(source)}</h1><p>Each token has the colour of its route: what it selects at each step of a
-chunk, modules counted from 1, S for SKIP. Point at a token to read its route.</p>''']
+chunk, modules counted from 1, S for SKIP. Point at a token to read its route. A line is drawn where another part of the
+text begins.</p>''']
     for n, one in enumerate(chunks):
         number, names = named[one['chunk'], one['kind']]
         keys = [f'<span class="key r{i}">{route["route"]} &nbsp;{route["share"]:.1%}</span>'
                 for i, route in enumerate(one['routes'])]
         rest = 1 - sum(r['share'] for r in one['routes'])
         keys.append(f'<span class="key rest">{max(0, one["distinct_routes"] - routes)} others &nbsp;{rest:.1%}</span>')
-        spans = (f'<span class="{f"r{i}" if i < routes else "rest"}" title="{names[i]}">{html.escape(t)}</span>'
-                 for i, t in zip(number.tolist(), texts[:page]))
+        spans = ('<hr>' * (at > 0 and at % T == 0)
+                 + f'<span class="{f"r{i}" if i < routes else "rest"}" title="{names[i]}">{html.escape(t)}</span>'
+                 for at, (i, t) in enumerate(zip(number.tolist(), texts[:page])))
         parts.append(f'<details{" open" * (n < 2)}><summary>{title(one)}</summary><p>{"".join(keys)}</p>'
                      f'<div class="text">{"".join(spans)}</div></details>')
     parts.append('</body></html>\n')
@@ -429,7 +434,11 @@ def main():
     for key in ('tokens', 'routes', 'page', 'batch'):
         if settings[key] < 1:
             raise ValueError(f'{key}={settings[key]} must be at least 1')
+    if seed < 0 or device not in ('auto', 'cpu') and not device.startswith('cuda'):
+        raise ValueError(f"seed={seed} must be at least 0, and device={device!r} 'auto', 'cpu' or 'cuda'")
     device = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
+    if device.startswith('cuda') and not torch.cuda.is_available():
+        raise ValueError('device=cuda, but torch sees no GPU: take --device=cpu')
     checkpoint = load_checkpoint(source) if os.path.exists(source) else {}
     model = GPT.from_pretrained(source).to(device).eval()
     if model.cfg.phi == 'share' or model.cfg.vanilla:
@@ -444,13 +453,14 @@ def main():
         draw_curves(runs)
 
     raw = [token_bytes(tokenizer, i) for i in idx[:, :-1].flatten().tolist()]
-    kinds = np.array([kind_of(before, one) for before, one in zip([b''] + raw, raw)])
+    texts = token_texts(tokenizer, idx[:, :-1].flatten().tolist())
+    kinds = np.array([kind_of(before, one) for before, one in zip([''] + texts, raw)])
     numbers, named = analyse(model, idx, kinds, device, batch, seed)
     chunks = numbers['chunks']
     draw_shares(chunks)
     draw_transitions(chunks)
     draw_skips(chunks)
-    write_page(token_texts(tokenizer, idx[:, :-1].flatten()[:page].tolist()), named, chunks)
+    write_page(texts, idx.shape[1] - 1, named, chunks)
     with config.atomic_write(os.path.join(out_dir, 'analysis.json')) as f:
         f.write(json.dumps(dict(source=source, settings=settings, **numbers), indent=1).encode() + b'\n')
     print(os.path.join(out_dir, 'analysis.json'))

@@ -411,7 +411,7 @@ def main():
     if dtype not in ('auto', 'bfloat16', 'float32'):
         raise ValueError(f"dtype={dtype!r} must be 'auto', 'bfloat16' or 'float32'")
     precision = ('bfloat16' if on.startswith('cuda') else 'float32') if dtype == 'auto' else dtype
-    folder = out_dir or os.path.join('out', f'glue_{os.path.basename(os.path.abspath(source))}')
+    folder = out_dir or os.path.join('out', f'glue_{config.run_name(source)}')
 
     # A checkpoint of ours says which tokenizer it was trained with; GPT-2's weights go with GPT-2's BPE.
     ours = os.path.exists(source) and not os.path.isfile(os.path.join(source, 'config.json'))

@@ -104,7 +104,7 @@ if device == 'cuda' and not torch.cuda.is_available():
 device = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
 dtype = ('bfloat16' if device == 'cuda' else 'float32') if dtype == 'auto' else dtype
 autocast = torch.autocast(device, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
-out_dir = out_dir or os.path.join('out', 'xsum_' + os.path.basename(os.path.normpath(source)))
+out_dir = out_dir or os.path.join('out', f'xsum_{config.run_name(source)}')
 
 model = GPT.from_pretrained(source)
 # A checkpoint of ours says which tokenizer it was trained with; GPT-2's weights go with GPT-2's BPE.

@@ -5,7 +5,7 @@ the paper does not have, routers that begin at the layers (`routers`).
   python reproduce.py --scale=gpu --text=books/             half an hour of one H100: 8 layers, width 512, GPT-2's BPE
   python reproduce.py --scale=paper --size=small            the full recipe on 8 GPUs, one of its three sizes
   python reproduce.py --only=table1,fig4 --seeds=3          some of it, with more seeds
-  python reproduce.py --only=fig4 --cells=k1h1s,k1h6s       of that, some cells, and what they are compared with
+  python reproduce.py --only=fig4 --cells=k1h1s,k1h6s       of that, some cells and their baselines
   python reproduce.py --report=True                         tables, figures and verdicts of what is there, no training
 
 A cell is one run of train.py, in its own folder of out_dir. One that is finished is not done again, one that was
@@ -22,6 +22,7 @@ one's.
 """
 import csv
 import fcntl
+import glob
 import itertools
 import json
 import math
@@ -68,7 +69,7 @@ T95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # standard errors
 TABLES = ('table1', 'table2', 'table4', 'fig3', 'fig4', 'fig5', 'routers')
 PROBES = {'vanilla': 'vanilla', 'layers': 'k1h4s_layers', 'mom': 'k2h4s'}  # family -> who finds its learning rate
 BUDGETS = (0.55, 1.7, 3.2)  # multiples of phase two's steps for which the vanilla model is continued too: they
-# span the FLOPs of all other systems
+# span the FLOPs of Table 1's other systems
 EQUAL = 'vanilla for the FLOPs of '  # + a cell: the vanilla model continued for as many training FLOPs; see record
 SCALES = {  # steps: phase one, phase two. rate: of phase one. fig3_H: the paper does not say which H its Figure 3 has
     'tiny': dict(text='sotu', tokenizer='bytes', steps=[6, 4], rate=0.01, rates=[0.01], batch_size=4, micro_batch=4,
@@ -102,7 +103,7 @@ if steps and (len(steps) != 2 or any(type(n) is not int or n < 1 for n in steps)
 if any(type(rate) not in (int, float) or rate <= 0 for rate in rates):
     raise ValueError(f'rates={rates} must be positive numbers, such as [0.002,0.004]')
 S = SCALES[scale]
-steps, rates, text = steps or S['steps'], rates or S['rates'], text or S['text']
+steps, rates, text = steps or S['steps'], list(dict.fromkeys(rates or S['rates'])), text or S['text']
 workers, processes = workers or S['workers'], processes or S['processes']
 out_dir = out_dir or f'out/reproduce_{scale}' + f'_{size}' * (scale == 'paper')
 if not data_dir:
@@ -280,12 +281,13 @@ for name in picked:
     if name not in known:
         raise ValueError(f'cells={cells!r}: {name!r} is none of those of {",".join(chosen)}: {", ".join(known)}')
 wanted = list(dict.fromkeys(name for table in chosen for _, cell, base, _, _ in rows[table]
-                            if cell in (picked or known) for name in (base, cell)))
+                            if cell in (picked or known) for name in (base, cell))) + picked  # a baseline by itself
 
 # ----------------------------------------------------------------------------- cells: what is there
 
 train_sha256 = None  # of the text; a report looks at no text
 records = {}  # (name, rate, seed) -> results of a finished cell
+last_seed = max(seeds, most_seeds, *(int(path.rsplit('_seed', 1)[1]) for path in glob.glob(f'{out_dir}/*_seed[0-9]*')))
 
 
 def folder(name, rate, seed):
@@ -318,9 +320,12 @@ def record(name, seed):
 
 def around(name, seed):
     """The nearest two continuations of the vanilla model that took fewer and more FLOPs than a cell, if they are in."""
-    there, other = [one for one in budgets if record(one, seed)], record(name, seed)
-    return next(((less, more) for less, more in zip(there, there[1:]) if other and record(less, seed)['pflops']
-                 <= other['pflops'] <= record(more, seed)['pflops']), ())
+    other = record(name, seed)
+    for less, more in zip(budgets, budgets[1:]):
+        if (other and (a := record(less, seed)) and (b := record(more, seed))
+                and a['pflops'] <= other['pflops'] <= b['pflops']):
+            return less, more
+    return ()
 
 
 def needed(name, seed):
@@ -374,7 +379,12 @@ def look(name, rate, seed):
     with open(os.path.join(where, 'log.csv'), newline='') as f:
         log = list(csv.DictReader(f))
     val = [row for row in log if row['val_loss']]
-    k_a, k_f = (statistics.fmean(float(row[k]) for row in val) for k in ('k_a', 'k_f'))
+    if not val or int(val[-1]['step']) < want['max_steps']:
+        return 'begun'  # it was stopped in its last evaluation
+    k_a, k_f = (np.trapezoid([float(row[k]) for row in val], [int(row['step']) for row in val]) / want['max_steps']
+                for k in ('k_a', 'k_f'))  # means over the training, of what the validation text selects
+    if saved['model_config']['phi'] == 'mod':  # k_a is what its predictor lets through: training takes `capacity`
+        k_a = k_f = saved['model_config']['capacity']
     norms = [float(row['grad_norm']) for row in log if row['grad_norm'] and int(row['step']) > 0.1 * want['max_steps']]
     spent = step_flops(saved['model_config'], k_a, k_f) * want['max_steps'] / 1e15
     records[name, rate, seed] = dict(
@@ -403,7 +413,7 @@ def estimate(values):
 
 def contrast(weights, metric='loss'):
     """The weighted sum of cells' results, seed by seed: (mean, standard error or None, seeds); None if none is in."""
-    by_seed = [[record(name, seed) for name in weights] for seed in range(1, max(seeds, most_seeds) + 1)]
+    by_seed = [[record(name, seed) for name in weights] for seed in range(1, last_seed + 1)]
     values = [sum(w * r[metric] for w, r in zip(weights.values(), found)) for found in by_seed if all(found)]
     return (*estimate(values), len(values)) if values else None
 
@@ -428,6 +438,8 @@ def signed(found):
 
 def write_report():
     import matplotlib.pyplot as plt
+    turn = open(os.path.join(out_dir, 'report_lock'), 'w')  # a --report may come while we train
+    fcntl.flock(turn, fcntl.LOCK_EX)
     lines = [f'# The paper again, at scale {scale}', '', f'`python {shlex.join(sys.argv)}`', '',
              f'Phase one {steps[0]:,} steps, phase two {steps[1]:,}, of {S["batch_size"]} sequences of '
              f'{S["block_size"]} tokens ({data_dir}, {S["tokenizer"]}). Losses are of validation after the last step, '
@@ -450,7 +462,7 @@ def write_report():
                   "| from GPT-2 of as many FLOPs | paper: loss | paper: from its baseline |", '|' + '---|' * 12]
         result['rows'][table] = []
         for label, name, base, paper, away in rows[table]:
-            found = [r for seed in range(1, max(seeds, most_seeds) + 1) if (r := record(name, seed))]
+            found = [r for seed in range(1, last_seed + 1) if (r := record(name, seed))]
             row = dict(label=label, cell=name, baseline=base, runs=found, paper=paper, paper_difference=away)
             beside = (f'| {paper:.2f} |' if paper else '| – |') + (' – |' if away is None else f' {away:+.3f} |')
             if not found:
@@ -468,9 +480,10 @@ def write_report():
                              + (f'{signed(equal)} ' if equal else '– ') + beside)
             result['rows'][table].append(row)
     lines += ['', "## The paper's claims, at this scale", '',
-              "Undecided: zero is within the 95% interval (Student's t; 4.3 standard errors of three seeds) or, of one "
-              f'seed, a difference below {CLOSE["loss"]}. A claim of several parts holds if all hold, and does not if '
-              'one does not.', '',
+              'Undecided: zero, or the limit that the claim names, is within the 95% interval of the difference '
+              "(Student's t; 4.3 standard errors of three seeds); of one seed, within {loss}, more where more than two "
+              'losses enter, or {spikes} of spikes. A claim of several parts holds if all hold, and does not if one '
+              'does not.'.format(**CLOSE), '',
               '| where | claim | the paper | ours: difference, of each part | verdict |', '|---|---|---|---|---|']
     for table, claim, paper, contrasts, limit in CLAIMS:
         if table in chosen:
@@ -497,12 +510,12 @@ def write_report():
         save_figure(fig, 'fig3')
     if 'fig4' in chosen:
         fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout='constrained')
-        axes[0].set(xlabel='H', ylabel='validation loss, nats per token', xticks=range(1, 7))
+        axes[0].set(xlabel='H', ylabel='validation loss, nats per token, seed 1', xticks=range(1, 7))
         axes[1].set(xlabel='PFLOPs of phase two', xscale='log')
         for K in range(1, 5):
             if there := {H: r for H in range(1, 7) if (r := record(grid[K, H], 1))}:
                 for ax, x in zip(axes, (list(there), [r['pflops'] for r in there.values()])):
-                    ax.plot(x, [r['loss'] for r in there.values()], 'o-', label=f'K = {K}')
+                    ax.plot(x, [r['loss'] for r in there.values()], 'o-', label=f'K = {K}')  # of seed 1, which all have
         if there := [r for name in budgets if (r := record(name, 1))]:
             axes[1].plot([r['pflops'] for r in there], [r['loss'] for r in there], 'ks--', label='GPT-2 continued')
         if r := record('first_layers', 1):
@@ -537,6 +550,7 @@ def write_report():
     for file, body in (('results.md', '\n'.join(lines)), ('results.json', json.dumps(result, indent=1))):
         with config.atomic_write(os.path.join(out_dir, file)) as f:
             f.write(body.encode() + b'\n')
+    turn.close()
 
 
 def save_figure(fig, name):
@@ -579,7 +593,9 @@ def start(name, rate, seed, state):
 
 def last_line(path):
     with open(path, errors='replace') as f:
-        return ([line.strip() for line in f if line.strip()] or ['it wrote nothing'])[-1]
+        lines = [line.strip() for line in f if line.strip()] or ['it wrote nothing']
+    errors = [line for line in lines if ': error: ' in line]
+    return errors[-1] if errors and lines[-1].startswith('===') else lines[-1]  # torchrun draws a line beneath
 
 
 def train(what, todo):
@@ -638,7 +654,7 @@ meta_path, vocab_size = os.path.join(data_dir, 'meta.json'), {'bytes': 257, 'gpt
 os.makedirs(out_dir, exist_ok=True)
 probes = [(probe, rate, 1) for family, probe in PROBES.items() for rate in rates
           if len(rates) > 1 and any(recipes[name]['family'] == family for name in wanted)]
-everything = closure((name, seed) for name in known for seed in range(1, max(seeds, most_seeds) + 1))
+everything = closure((name, seed) for name in known for seed in range(1, last_seed + 1))
 
 
 def look_at_all():
@@ -662,30 +678,36 @@ try:
 except BlockingIOError:
     raise ValueError(f'another reproduce.py, or a training that it left behind, is at work in {out_dir}: let it '
                      'finish, stop it, or take another --out_dir') from None
-if not os.path.exists(meta_path):
+if os.path.exists(meta_path):
+    if 'text' in given:
+        print(f'{data_dir} is there already: {text} is not read again')
+else:
     if subprocess.run([sys.executable, os.path.join(config.ROOT, 'prepare.py'), f'--dataset={text}',
                        f'--tokenizer={S["tokenizer"]}', f'--out_dir={data_dir}']).returncode:
         raise ValueError(f'{text} could not be made into tokens (see above): name another --text')
-with open(meta_path, encoding='utf-8') as f:
-    meta = json.load(f)
-if meta.get('tokenizer') != S['tokenizer']:
-    raise ValueError(f'{data_dir} was made with tokenizer={meta.get("tokenizer")}, and scale={scale} takes '
-                     f'{S["tokenizer"]}: leave --data_dir out, or name another')
-train_sha256 = meta['train_sha256']
+try:
+    with open(meta_path, encoding='utf-8') as f:
+        meta = json.load(f)
+    made_with, train_sha256 = meta['tokenizer'], meta['train_sha256']
+except (OSError, ValueError, KeyError, TypeError) as error:
+    raise ValueError(f'{meta_path} is not one of prepare.py ({error!r}): remove that folder, and it is made again '
+                     'from --text') from error
+if made_with != S['tokenizer']:
+    raise ValueError(f'{data_dir} was made with tokenizer={made_with}, and scale={scale} takes {S["tokenizer"]}: leave '
+                     '--data_dir out, or name another')
 signal.signal(signal.SIGTERM, ask_to_stop)
 signal.signal(signal.SIGINT, ask_to_stop)
 
 look_at_all()  # seeds that another call has trained belong into every report of this one
 train('learning rates', [('phase_one', None, 1), *probes] if probes else [])
-missing = [folder(*cell) for cell in probes if cell not in records]
-if missing:
-    raise ValueError(f'the learning rate cannot be chosen without {", ".join(missing)}: see output.txt there, '
-                     'or leave that rate out (--rates)')
+if any(cell not in records for cell in probes):
+    raise ValueError('the learning rate cannot be chosen; the same command tries again, and --rates may leave one out: '
+                     + '; '.join(f'{where} failed: {why}' for where, why in failed.items()))
 train('tables and figures', [(name, None, seed) for name, seed in closure((n, s) for n in wanted
                                                                          for s in range(1, seeds + 1))])
 close = [(n, s) for table in ('table1', 'table2', 'routers') if table in chosen for _, name, base, _, _ in rows[table]
          if name in wanted and name not in (base, 'phase_one', *budgets)
-         for other, compared in ((base, [base]), (EQUAL + name, around(name, 1)))
+         for other, compared in ((base, [base]), *([(EQUAL + name, around(name, 1))] if name in phase_two else []))
          if (d := contrast({name: 1, other: -1})) and abs(d[0]) < CLOSE['loss']
          for s in range(seeds + 1, most_seeds + 1) for n in (name, *compared)]
 train('seeds for what is close', [(name, None, seed) for name, seed in closure(close)])

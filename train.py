@@ -456,7 +456,8 @@ while not stopping:
         val_loss, k_a, k_f = measured
         val_step, best_loss = step, min(best_loss, val_loss)
         bits_per_byte = val_loss / math.log(2) * meta['val_tokens'] / meta['val_bytes']
-        flops = raw.flops_per_token(block_size, k_a, k_f, merged=True)  # what SKIP and merging save is no work done
+        if cfg.phi != 'mod':  # whose training takes `capacity` of the tokens, whatever its predictor says
+            flops = raw.flops_per_token(block_size, k_a, k_f, merged=True)  # what SKIP and merging save is no work done
         log(step=step, val_loss=val_loss, val_bits_per_byte=bits_per_byte, k_a=k_a, k_f=k_f)
         say(f'{step}/{max_steps} | val loss {val_loss:.4f} | perplexity {math.exp(val_loss):.2f} | bits per byte '
             f'{bits_per_byte:.4f}' + (f' | modules per token {k_a:.2f} MHA, {k_f:.2f} FFN' if n_router else ''))

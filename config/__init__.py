@@ -212,6 +212,10 @@ def sha256(path):
         return hashlib.file_digest(f, 'sha256').hexdigest()
 
 
+def run_name(source):
+    """What to call a run by: mom_demo for out/mom_demo, and for a checkpoint in it, out/mom_demo/last.pt."""
+    return os.path.basename(os.path.abspath(os.path.dirname(source) if source.endswith('.pt') else source))
+
 # ----------------------------------------------------------------------------- processes
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import analyze
+import config
 from model import GPT, Decision
 from tests import kill
 from tests.test_model import dense_params, stir, tiny
@@ -86,7 +87,11 @@ def test_entropy_and_information():
     a, b = rng.integers(0, 8, 4000), rng.integers(0, 4, 4000)
     assert analyze.entropy(np.arange(8)) == 3 and analyze.entropy(np.zeros(5, int)) == 0
     assert abs(analyze.information(a, b, rng)) < 0.005
-    assert analyze.information(a, a // 2, rng) == pytest.approx(analyze.entropy(a // 2), abs=0.01)
+    assert analyze.information(a, a // 2, rng) == pytest.approx(analyze.entropy(a // 2))
+    words = np.minimum(rng.zipf(1.3, 4000), 3000)  # many are seen once: half of the plug-in estimate is chance
+    assert analyze.information(words, words % 500, rng) == pytest.approx(analyze.entropy(words % 500))
+    assert analyze.information(words, b, rng) == pytest.approx(0, abs=0.02)
+    assert analyze.information(a, np.zeros(4000, int), rng) == 0
     few, many = rng.integers(0, 50, 500), rng.integers(0, 50, 500)
     plain = analyze.entropy(few) + analyze.entropy(many) - analyze.entropy(few, many)
     assert plain > 2 and abs(analyze.information(few, many, rng)) < 0.1  # what the correction is for
@@ -157,7 +162,10 @@ def test_equal_tokens_exchange_their_routes(monkeypatch):
 def test_kinds_of_tokens():
     raw = [b'\n', b'The', b' state', b's', b' ', b'1', b' 24', b',', b'.\n', '–'.encode(), b'\xe2',
            b'<|endoftext|>', b'']
-    got = [analyze.KINDS[analyze.kind_of(before, one)] for before, one in zip([b''] + raw, raw)]
+    texts = analyze.token_texts(config.tokenizer('bytes'), list('Ü–ba'.encode()))
+    assert [analyze.kind_of(before, b'b') for before in texts] == [1, 2, 1, 1, 1, 2, 2]  # of \xc3, Ü, \xe2, ...
+    got = [analyze.KINDS[analyze.kind_of(before, one)] for before, one in zip([''] + [one.decode(
+        errors='ignore') for one in raw], raw)]
     assert got == ['space', 'word begins', 'word begins', 'inside a word', 'space', 'digit', 'digit', 'punctuation',
                    'punctuation', 'other', 'other', 'other', 'other']
 
@@ -212,7 +220,7 @@ def test_the_command_draws_and_writes_what_it_says(tmp_path):
     for name in ('shares', 'transitions', 'skips', 'curves'):
         assert (folder / f'{name}.png').read_bytes()[:4] == b'\x89PNG' and f'{folder / name}.png' in out
         json.loads((folder / f'{name}.json').read_text())
-    curve = json.loads((folder / 'curves.json').read_text())['run']
+    curve = json.loads((folder / 'curves.json').read_text())[str(tmp_path / 'run')]
     assert curve['validation'] == [[0, 5.5], [100, 3.25]] and curve['train'][49] == [50, 4.0]
     analysis = json.loads((folder / 'analysis.json').read_text())
     assert f'{analysis["tokens"]:,} tokens. Loss {analysis["loss"]["as_it_is"]:.4f}' in out
@@ -224,6 +232,7 @@ def test_the_command_draws_and_writes_what_it_says(tmp_path):
     whole = bytes(ids[:min(n, 200)])
     assert reader.texts == [whole.decode(errors='ignore')] * 2 and '<' in reader.texts[0]
     assert reader.linked == [] and [len(t) for t in reader.titles] == [200, 200] and len(page) < 100_000
+    assert page.count('<hr>') == 2 * 6  # seven sequences
     assert set(reader.titles[0][:5]) and all(t.count(',') == 2 for t in reader.titles[0])
 
 
@@ -239,11 +248,15 @@ def test_mistakes(tmp_path):
     vanilla.mkdir()
     without = checkpoint(vanilla, chunks='1-1-1-1-1-1')
     (tmp_path / 'empty.txt').write_text('')
+    (tmp_path / 'new').mkdir()
+    (tmp_path / 'new' / 'log.csv').write_text('step,loss,val_loss\n0,,5.5\n')
     (tmp_path / 'latin.txt').write_bytes(b'\xe9')
     for args, message in [([without], 'has no routers'), ([source, '--tokens=0'], 'tokens=0 must be at least 1'),
                           ([source, f'--text={tmp_path}/empty.txt'], 'too few to look at'),
                           ([source, f'--text={tmp_path}/latin.txt'], 'cannot be read as UTF-8'),
                           ([source, f'--data_dir={tmp_path}'], 'no text at'),
-                          ([source, f'--curves={tmp_path}'], 'has no log.csv')]:
+                          ([source, f'--curves={tmp_path}'], 'has no log.csv'),
+                          ([source, f'--curves={tmp_path}/new'], 'has no finished steps yet'),
+                          ([source, '--device=gpu'], "must be at least 0, and device='gpu'")]:
         stderr = command(tmp_path, *args, fails=True)
         assert message in stderr and stderr.count('\n') == 1 and stderr.startswith('analyze.py: error: '), stderr

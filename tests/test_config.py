@@ -33,6 +33,12 @@ def test_values_are_typed_and_later_ones_win(tmp_path):
     assert load('--chunks=8')[0]['chunks'] == '8'
 
 
+def test_two_runs_do_not_share_a_name():
+    assert [config.run_name(source) for source in ('gpt2', 'out/a', 'out/a/', 'out/b/last.pt', 'b/best.pt')] == [
+        'gpt2', 'a', 'a', 'b', 'b']
+    assert config.run_name('last.pt') == os.path.basename(os.getcwd())
+
+
 @pytest.mark.parametrize('argument, message', [
     ('--max_step=3', "did you mean 'max_steps'"), ('--zzz=3', 'unknown setting'), ('--max_steps=1.5', 'takes int'),
     ('--max_steps=many', "takes int .* not str 'many'"), ('--skip=1', 'takes bool'), ('--betas=0.9', 'takes list'),

@@ -177,8 +177,12 @@ def test_verdicts_and_learning_rates_on_made_up_numbers(tmp_path):
     make_up(out, 'k2h6s', 2.0, 0.02, **mom)  # not the rate that K2H4S does best with
     make_up(out, 'vanilla_x1.7', 3.02, 0.02, steps=20)
     make_up(out, 'vanilla_x3.2', 2.9, 0.02, steps=38)
-    args = ['--scale=tiny', f'--out_dir={out}', f'--steps={STEPS}'.replace(' ', ''), '--rates=[0.01,0.02]',
-            '--only=table2,fig4', '--report=True']
+    make_up(out, 'mod', 3.3, phi='mod', K=1, chunks='1-1-1-1-1-1-1-1', capacity=0.125, router='linear')
+    make_up(out, 'k1h1s', 3.0, K=1, H=1, skip=True)
+    unfinished = out / 'k1h1s_lr0.01_seed1' / 'log.csv'  # all steps taken, and stopped in the evaluation after them
+    unfinished.write_text('\n'.join(unfinished.read_text().split('\n')[:-2]) + '\n')
+    args = ['--scale=tiny', f'--out_dir={out}', f'--steps={STEPS}'.replace(' ', ''), '--rates=[0.01,0.02,0.01]',
+            '--only=table1,table2,fig4', '--report=True']
     done = subprocess.run(command('reproduce.py', *args), cwd=config.ROOT, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     verdict = {claim['claim']: claim for claim in results(out)['claims']}
@@ -202,4 +206,9 @@ def test_verdicts_and_learning_rates_on_made_up_numbers(tmp_path):
     assert 20 < times < 38
     as_many = 3.02 - 0.12 * np.log(times / 20) / np.log(38 / 20)
     assert rows['k2h6s']['equal_flops'] == [pytest.approx(3.0 - as_many), None, 1]  # two seeds lack the longer runs
+    # In training an eighth of the tokens go through every other block, whatever the predictor lets through afterwards.
+    routed = (8 + 16) / 8 * C * C + 4 * T * C / 64 + 2 * C + 2 * 8 * (C + 1)
+    mod = 3 * B * T * (4 * (24 * C * C + 4 * T * C) + 4 * routed + 2 * C * V)
+    one, = next(row for row in results(out)['rows']['table1'] if row['cell'] == 'mod')['runs']
+    assert one['pflops'] * 1e15 == pytest.approx(STEPS[1] * mod)
     assert rows['same']['equal_flops'][2] == 1 and rows['scratch_more']['equal_flops'] is None
