@@ -32,12 +32,13 @@ import sys
 import time
 from collections import Counter
 from dataclasses import fields
+from functools import partial
 
 import torch
 from torch.nn import functional as F
 
 import config
-from model import GPT, Cache, MoMConfig, load_checkpoint, qkv_in
+from model import GPT, Cache, Decision, MoMConfig, load_checkpoint, qkv_in, read_weights, top_k
 
 # --- what
 mode = 'runs'            # 'runs', 'table1', 'train', 'forward', 'decode', 'route', 'ablate', 'scale' or 'saved'
@@ -96,8 +97,9 @@ MODES = {'runs': {'of'}, 'table1': {'of', 'size', 'k_a', 'k_f', 'measure', 'batc
          'decode': SPEED | {'batch', 'prompt', 'new', 'hf_dtype'},
          'route': {'tokens', 'chunks', 'K', 'router', 'router_dim', 'router_weights', 'tau', 'router_start',
                    'n_embd', 'n_head', 'block_size', 'dtype', 'repeats'},
-         'ablate': {'tokens', 'chunks', 'K', 'H', 'n_embd', 'n_head', 'block_size', 'repeats', 'prompt', 'new'},
-         'scale': {'repeats', 'tokens', 'n_embd'}, 'saved': MODEL}
+         'ablate': {'tokens', 'chunks', 'K', 'H', 'n_embd', 'n_head', 'block_size', 'dtype', 'repeats', 'prompt',
+                    'new'},
+         'scale': {'repeats', 'tokens', 'n_embd', 'dtype'}, 'saved': MODEL}
 WIDTH = {'gpt2': (768, 12), 'gpt2-medium': (1024, 16), 'gpt2-large': (1280, 20), 'gpt2-xl': (1600, 25)}
 SHAPE = ('n_embd', 'n_head', 'block_size', 'vocab_size')  # what all models that share weights have in common
 FILES = {}  # config files of the command line, and all that they set
@@ -109,7 +111,7 @@ def model_settings(values):
     if source in WIDTH:
         shape = dict(zip(SHAPE, WIDTH[source]))
     elif os.path.exists(source):
-        shape = load_checkpoint(source)['model_config']
+        shape = read_weights(source)[1]
     return {**shape, **{key: value for key, value in values.items() if key in MODEL}}
 
 
@@ -124,7 +126,7 @@ def arguments():
         yield from (f'--{key}={value}' for key, value in {**kept, **model_settings(values)}.items())
 
 
-settings, given = config.load(globals(), list(arguments()))
+settings, given = config.load(globals(), arguments())
 
 # ----------------------------------------------------------------------------- settings, checked before anything long
 
@@ -144,8 +146,9 @@ for key, least in dict(micro_batch=1, length=1, prompt=1, tokens=1, repeats=1, n
         raise ValueError(f'{key}={settings[key]} must be at least {least}')
 for key, known in dict(dtype='auto bfloat16 float32', hf_dtype='bfloat16 float32', compare='hf vanilla',
                        size='small medium large').items():
-    for value in settings[key].split(','):
-        if value not in known.split() and settings[key]:
+    several, may_be_empty = key in ('compare', 'size'), key in ('compare', 'size', 'hf_dtype')
+    for value in settings[key].split(',') if several else [settings[key]]:
+        if value not in known.split() and not (may_be_empty and not settings[key]):
             raise ValueError(f'{key}={settings[key]!r}: {value!r} is none of {known.replace(" ", ", ")}')
 on_gpu = torch.cuda.is_available() if device == 'auto' else device.startswith('cuda')
 if device not in ('auto', 'cpu') and not (on_gpu and torch.cuda.is_available()):
@@ -153,9 +156,9 @@ if device not in ('auto', 'cpu') and not (on_gpu and torch.cuda.is_available()):
 if device == 'auto':
     device = 'cuda' if on_gpu else 'cpu'
 if dtype == 'auto':  # Table 1 is counted in fp32
-    dtype = 'bfloat16' if on_gpu and mode in ('train', 'forward', 'decode', 'route') else 'float32'
+    dtype = 'bfloat16' if mode == 'saved' or on_gpu and mode not in ('runs', 'table1') else 'float32'
 real = getattr(torch, dtype)
-autocast = torch.autocast(device.split(':')[0], real, enabled=dtype != 'float32' and mode != 'decode')
+autocast = torch.autocast(device.split(':')[0], torch.bfloat16, enabled=dtype != 'float32' and mode != 'decode')
 if threads:
     torch.set_num_threads(threads)
 torch.manual_seed(1337)
@@ -226,8 +229,10 @@ results = {'mode': mode, 'machine': machine}
 
 def read_run(folder):
     """A run's configuration, the step of its checkpoint, the rows of its log, and those of them with a validation."""
-    checkpoint = load_checkpoint(os.path.join(folder, 'last.pt'))
-    with open(os.path.join(folder, 'log.csv'), newline='') as f:
+    checkpoint, path = load_checkpoint(os.path.join(folder, 'last.pt')), os.path.join(folder, 'log.csv')
+    if 'step' not in checkpoint or not os.path.isfile(path):
+        raise ValueError(f'{folder} is no run of train.py, which has last.pt with its step and log.csv: name another')
+    with open(path, newline='') as f:
         rows = list(csv.DictReader(f))
     return MoMConfig(**checkpoint['model_config']), checkpoint['step'], rows, [row for row in rows if row['val_loss']]
 
@@ -346,7 +351,7 @@ def build(name, cfg):
                 vocab_size=cfg.vocab_size, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0,
                 eos_token_id=None, attn_implementation='sdpa'))
     if compile:  # as train.py does it
-        for part in [model] if name == 'hf' or cfg.vanilla else [
+        for part in [model] if name == 'hf' or cfg.vanilla or on_gpu and dtype == 'bfloat16' else [
                 chunk for chunk, shape in zip(model.chunks, cfg.shapes) if shape.phi in ('vanilla', 'share')]:
             part.compile()
     return model
@@ -387,15 +392,16 @@ def modules_per_token(decisions):
     return tuple(statistics.mean(k) if k else None for k in taken)
 
 
-def weights_read(model, cfg, decisions, B, start):
-    """How many weights a decoding step has to read, the mean over positions from `start` on.
+def weights_read(model, cfg, decisions, B, start, width):
+    """How many bytes of weights a decoding step has to read, the mean over positions from `start` on.
 
-    decisions: those of B whole sequences. A module counts if any of the sequences takes it; the qkv matrices of the
-    modules that a token takes together count once, since their sum is one matrix. Routers count at every step.
+    decisions: those of B whole sequences. A module counts if any of the sequences takes it; where subsets are merged,
+    the qkv matrices of the modules that a token takes together count once. Routers count at every step, with 4 bytes a
+    weight (GPT.cast leaves them in fp32), all else with `width`.
     """
     C = cfg.n_embd
     sizes = {'qkv': 3 * C * C + 5 * C, 'out': C * C + C, 'ffn': 8 * C * C + 7 * C}  # LayerNorms and biases too
-    total = (cfg.vocab_size + 3) * C  # the head, the last LayerNorm, a position
+    total = width * (cfg.vocab_size + 3) * C  # the head, the last LayerNorm, a position
     for chunk, shape, decided in zip(model.chunks, cfg.shapes, decisions):
         reads = dict.fromkeys(sizes, shape.H)
         for d in decided:
@@ -404,10 +410,10 @@ def weights_read(model, cfg, decisions, B, start):
                     - {frozenset()} for position in ids]
             modules = statistics.mean(len(frozenset().union(*position)) for position in sets)
             for part in {'A': ('qkv', 'out'), 'F': ('ffn',), 'T': sizes}[d.kind]:
-                reads[part] += (statistics.mean(map(len, sets)) if part == 'qkv' else modules) - 1
+                reads[part] += (statistics.mean(map(len, sets)) if part == 'qkv' and chunk.S else modules) - 1
         routers = sum(p.numel() for key, p in chunk.named_parameters() if key.startswith(('router', 'predictor')))
-        total += routers * (1 if cfg.router == 'linear' else shape.H)
-        total += sum(sizes[part] * n for part, n in reads.items())
+        total += 4 * routers * (1 if cfg.router == 'linear' else shape.H)
+        total += width * sum(sizes[part] * n for part, n in reads.items())
     return total
 
 
@@ -435,7 +441,7 @@ if mode in ('train', 'forward', 'decode'):
           + f'; {machine["device"]}, {machine["threads"]} CPU threads, {dtype}')
     labels = {'model': 'GPT-2' if own.vanilla else assembly(own), 'vanilla': 'GPT-2, ours', 'hf': 'GPT-2, transformers'}
     beside = compare.split(',') + ['vanilla'] * (mode != 'train')
-    calls, rows, costs = {}, {}, {}
+    calls, rows, costs, computed = {}, {}, {}, {}
     for name in ['model', *(n for n in ('vanilla', 'hf') if n in beside and not (n == 'vanilla' and own.vanilla))]:
         before, cfg = torch.cuda.memory_allocated(device) if on_gpu else 0, own if name == 'model' else vanilla
         model = build(name, cfg)
@@ -455,8 +461,9 @@ if mode in ('train', 'forward', 'decode'):
                 decisions = model.features(main()[:, :-1] if mode == 'decode' else x)[1]
         taken = modules_per_token(decisions)
         width = getattr(torch, name == 'hf' and hf_dtype or dtype).itemsize
-        costs[name] = round(weights_read(bare, cfg, decisions, x.size(0), prompt) * width / 1e6 if mode == 'decode' else
+        costs[name] = round(weights_read(bare, cfg, decisions, x.size(0), prompt, width) / 1e6 if mode == 'decode' else
                             bare.flops_per_token(cfg.block_size, *taken) / 1e6, 3)
+        computed[name] = bare.flops_per_token(cfg.block_size, *taken, merged=True) / 1e6  # for the MFU, as train.py's
         rows[name] = {'model': labels[name], 'parameters': bare.num_params()[0], 'k_a': rounded(taken[0]),
                       'k_f': rounded(taken[1]), 'peak GiB': rounded(peak and peak / 2**30), 'first s': round(first, 3)}
 
@@ -487,7 +494,7 @@ if mode in ('train', 'forward', 'decode'):
             row |= {'ms': round(1e3 * step, 2), 'fastest': round(1e3 * seconds[name, ''][0], 2),
                     'slowest': round(1e3 * seconds[name, ''][-1], 2), 'tokens/s': round(x.numel() / step, 1),
                     'active MFLOPs/token': costs[name], 'GFLOP/s': round(reached, 1),
-                    'MFU %': tera and round(reached / tera / 10, 1)}
+                    'MFU %': tera and round(reached * computed[name] / costs[name] / tera / 10, 1)}
     print_table([*rows.values()])
     results |= {'rows': [*rows.values()], 'ratios': {}}
     for name in [*rows][1:]:
@@ -519,7 +526,8 @@ def with_backward(forward, leaves):
 
 
 def route_rows(cfg):
-    """One step of one chunk as it runs, beside dense products with as many multiply-adds: K * 12 C^2 a token."""
+    """One step of one chunk as it runs, beside dense products with the method's multiply-adds, K * 12 C^2 a token, of
+    which the step leaves some out where it merges q, k, v."""
     B, T, C = tokens // cfg.block_size, cfg.block_size, cfg.n_embd
     with torch.device(device):
         chunk = GPT(cfg).chunks[0]
@@ -560,9 +568,10 @@ if mode == 'route':
     cfgs = [MoMConfig(**{**shape, 'K': n}) for n in ([K] if 'K' in given else [2, 3])]
     if len(cfgs[0].sizes) > 1 or cfgs[0].vanilla:
         raise ValueError(f'chunks={chunks!r}: this mode times one chunk of several modules, such as --chunks=4')
-    print(f'One assembly step over {tokens:,} tokens of width {n_embd}, no SKIP, beside dense products of as many\n'
-          'multiply-adds. efficiency: dense / routed as it runs; of modules alone: attention and both routers, timed\n'
-          f'apart, taken off. idlest, busiest: the shares of the tokens that modules get. {dtype}')
+    print(f'One assembly step over {tokens:,} tokens of width {n_embd}, no SKIP, beside dense products with the\n'
+          "method's multiply-adds, K * 12 C^2 a token. efficiency: dense / routed as it runs; of modules alone:\n"
+          'attention and both routers, timed apart, taken off. idlest, busiest: the shares of the tokens that modules\n'
+          f'get. {dtype}')
     results['rows'] = [row for cfg in cfgs for row in route_rows(cfg)]
     print_table(results['rows'])
 
@@ -571,13 +580,13 @@ if mode == 'route':
 def every_module(cfg):
     """The same chunk without any routing of rows: every module for every token, then a sum weighted by r or 0."""
     chunk = GPT(cfg).to(device).chunks[0]
-    decide = chunk.choose
 
     def choose(kind, x, h, state):
-        d = decide(kind, x, h, state)
-        weights = torch.zeros(len(x), d.N + 1, device=device).scatter(1, d.ids, d.weights)
-        ids = torch.arange(d.N + 1, device=device).expand(len(x), -1)
-        return d._replace(ids=ids, weights=weights, plan=None)
+        router, N = (chunk.router_a, chunk.N_A) if kind == 'A' else (chunk.router_f, chunk.N_F)
+        r, state[kind] = router(x, state.get(kind), h)
+        ids, weights = top_k(r, cfg.K, cfg.router_weights, cfg.tau)
+        all_weights = torch.zeros(len(x), N + 1, device=device).scatter(1, ids, weights)
+        return Decision(kind, h, N, torch.arange(N + 1, device=device).expand(len(x), -1), all_weights, None, None)
 
     def qkv(attn, merged, x, d):
         return sum(qkv_in(m, x) * (d.weights[:, i:i + 1] != 0) for i, m in enumerate(attn[0]))
@@ -589,13 +598,19 @@ def ablate_rows():
     """One chunk, forward and backward: as it is; without merged q, k, v; without grouping. Then text without cache."""
     cfg = MoMConfig(chunks=chunks if 'chunks' in given else '4', K=K, H=H, n_embd=n_embd, n_head=n_head,
                     block_size=block_size, vocab_size=256)
-    x = torch.randn(max(1, tokens // block_size), block_size, n_embd, device=device, requires_grad=True)
+    if len(cfg.sizes) > 1 or cfg.vanilla:
+        raise ValueError(f'chunks={chunks!r}: this mode times one chunk of several modules, such as --chunks=4')
+    if tokens % block_size or prompt + new > block_size:
+        raise ValueError(f'tokens={tokens} must be a multiple of block_size={block_size}, and prompt={prompt} and '
+                         f'new={new} fit into it')
+    x = torch.randn(tokens // block_size, block_size, n_embd, device=device, requires_grad=True)
     variants = {'as it is': GPT(cfg).to(device).chunks[0], 'q, k, v not merged': GPT(cfg).to(device).chunks[0],
                 'not grouped: all modules for all tokens': every_module(cfg)}
     variants['q, k, v not merged'].S = 0
     for passes in ('forward', 'both'):
-        calls = {name: (torch.no_grad()(lambda c=c: c(x)) if passes == 'forward' else
-                        with_backward(lambda c=c: [c(x)[0]], [x, *c.parameters()])) for name, c in variants.items()}
+        calls = {name: (torch.no_grad()(autocast(lambda c=c: c(x))) if passes == 'forward' else
+                        with_backward(autocast(lambda c=c: [c(x)[0]]), [x, *c.parameters()]))
+                 for name, c in variants.items()}
         ms = {name: 1e3 * statistics.median(s) for name, s in alternate(calls, warm_up=1).items()}
         yield from ({'what': name, 'passes': passes, 'ms': round(t, 1), 'times': round(t / ms['as it is'], 2)}
                     for name, t in ms.items())
@@ -624,7 +639,7 @@ def scale_rows():
         cfg = MoMConfig(chunks=str(p['N']), K=p['K'], H=p['H'], n_embd=p['C'], n_head=max(1, p['C'] // 64), skip=False,
                         block_size=p['T'], vocab_size=1)
         chunk, x = GPT(cfg).to(device).chunks[0], torch.randn(1, p['T'], p['C'], device=device, requires_grad=True)
-        calls[tuple(p.items())] = with_backward(lambda c=chunk, x=x: [c(x)[0]], [x, *chunk.parameters()])
+        calls[tuple(p.items())] = with_backward(autocast(lambda c=chunk, x=x: [c(x)[0]]), [x, *chunk.parameters()])
         flops.append(p['T'] * (on_meta(cfg).flops_per_token(p['T']) - 2 * p['C']))
     ms = [1e3 * statistics.median(s) for s in alternate(calls, warm_up=1).values()]
     for p, took, cost in zip(points, ms, flops):
@@ -633,8 +648,9 @@ def scale_rows():
 
 
 def saved_rows(cfg):
-    """KiB that autograd keeps of each token for the backward pass, by kind of chunk, in training on a GPU: F.grouped_mm
-    and bf16 autocast are used whatever the device. Counted at two lengths, so that what is kept of weights cancels."""
+    """What autograd keeps for the backward pass, by kind of chunk, in training on a GPU: KiB of each token, and MiB
+    once, of weights (bf16 copies, merged q, k, v), told apart by counting at two lengths. F.grouped_mm, bf16 autocast
+    and merging are used whatever the device, as they are for the thousands of tokens of a micro-batch on a GPU."""
     import model as model_file
     model_file.grouped_dtype = lambda x: torch.bfloat16
     for shape, many in Counter(map(str, cfg.shapes)).items():
@@ -645,7 +661,7 @@ def saved_rows(cfg):
         chunk = bare.to_empty(device=device)
         for name, p in [*chunk.named_parameters(), *chunk.named_buffers()]:
             p.data = torch.zeros_like(p.data)
-        kept = []
+        chunk.pools, kept = partial(chunk.pools, keep=True), []
         for T in (64, 128):
             seen, own = {}, {p.untyped_storage().data_ptr() for p in chunk.parameters()}
 
@@ -659,7 +675,8 @@ def saved_rows(cfg):
             kept.append(sum(n for at, n in seen.items() if at not in own))
             del y
         yield {'chunk': cfg.shapes[i].phi, 'N': cfg.sizes[i], 'H': cfg.shapes[i].H, 'how many': many,
-               'KiB/token': round((kept[1] - kept[0]) / 64 / 1024, 1)}
+               'KiB/token': round((kept[1] - kept[0]) / 64 / 1024, 1),
+               'MiB once': round((2 * kept[0] - kept[1]) / 2**20, 1)}
 
 
 if mode in ('ablate', 'scale', 'saved'):
@@ -670,14 +687,16 @@ if mode in ('ablate', 'scale', 'saved'):
         results['rows'] = [*(ablate_rows() if mode == 'ablate' else scale_rows())]
     print_table(results['rows'], left=2 if mode == 'ablate' else 1)
     if mode == 'saved':
-        per_token = {row['chunk'] + str(row['N']): row['KiB/token'] * row['how many'] for row in results['rows']}
-        plain = sum(per_token.values()) * own.block_size / 2**20
+        plain = sum(row['KiB/token'] * row['how many'] for row in results['rows']) * own.block_size / 2**20
+        copies = sum(row['MiB once'] * row['how many'] for row in results['rows']) / 2**10
+        one_copy = max(row['MiB once'] for row in results['rows']) / 2**10
         inputs = len(own.sizes) * own.n_embd * 4 / 1024
         again = (inputs + max(row['KiB/token'] for row in results['rows'])) * own.block_size / 2**20
         fixed = 16 * on_meta(own).num_params()[0] / 2**30
         results |= {'GiB/sequence': round(plain, 2), 'GiB/sequence, checkpointing': round(again, 2),
-                    'GiB of weights, gradients, AdamW': round(fixed, 2)}
+                    'GiB of weights, gradients, AdamW': round(fixed, 2), 'GiB of copies': round(copies, 2),
+                    'GiB of copies, checkpointing': round(one_copy, 2)}
         print(f'{plain:.2f} GiB for each sequence of a micro-batch, {again:.2f} with --checkpointing=True; weights, '
-              f'gradients and AdamW take {fixed:.1f} GiB')
+              f'gradients and AdamW take {fixed:.1f} GiB, copies of weights {copies:.1f}, or {one_copy:.1f}')
 
 print(json.dumps(results))

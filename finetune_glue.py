@@ -25,6 +25,8 @@ has its .json is not done again.
 """
 import copy
 import csv
+import glob
+import hashlib
 import itertools
 import json
 import math
@@ -43,7 +45,7 @@ from torchmetrics.functional import accuracy, f1_score, matthews_corrcoef, pears
 from tqdm import tqdm
 
 import config
-from model import GPT, load_checkpoint
+from model import GPT
 
 # --- what
 source = 'out/mom_demo'       # a run's directory or checkpoint, a GPT-2 name, or a Hugging Face directory
@@ -185,6 +187,15 @@ def find_splits(name):
             raise ValueError(f'{data_dir or hub_id} has no {name}/{split}' + (
                 f': put {name}/{split}.jsonl there (or .parquet, .csv, .tsv)' if data_dir else ': take another hub_id'))
     return found
+
+
+def data_of(name):
+    """What stands for the data of a task in its results: the Hub's id, or a SHA-256 of its local files."""
+    digest = hashlib.sha256()
+    for path in sorted(glob.glob(os.path.join(glob.escape(data_dir), name, '*'))) if data_dir else ():
+        if path.endswith(ENDINGS):
+            digest.update(f'{os.path.basename(path)} {config.sha256(path)}\n'.encode())
+    return digest.hexdigest() if data_dir else hub_id
 
 
 def join_sentences(parts, eot, length):
@@ -413,10 +424,7 @@ def main():
     precision = ('bfloat16' if on.startswith('cuda') else 'float32') if dtype == 'auto' else dtype
     folder = out_dir or os.path.join('out', f'glue_{config.run_name(source)}')
 
-    # A checkpoint of ours says which tokenizer it was trained with; GPT-2's weights go with GPT-2's BPE.
-    ours = os.path.exists(source) and not os.path.isfile(os.path.join(source, 'config.json'))
-    base = GPT.from_pretrained(source)
-    tokenizer = config.tokenizer(load_checkpoint(source)['meta']['tokenizer'] if ours else 'gpt2')
+    base, tokenizer = GPT.from_pretrained(source), config.tokenizer_of(source)
     if tokenizer.n_vocab > base.cfg.vocab_size:
         raise ValueError(f'{source} knows {base.cfg.vocab_size} kinds of token and its tokenizer {tokenizer.name!r} '
                          f'makes {tokenizer.n_vocab}: take weights that were trained with that tokenizer')
@@ -427,8 +435,7 @@ def main():
 
     # All that decides each result, but for rounding. Those that are there are kept; those of other settings are in the
     # way if this command is to make them, and are left out of the table if not.
-    data_from = os.path.normpath(data_dir) if data_dir else hub_id
-    plan = [dict(task=name, seed=s, weights=weights, data=data_from, max_train=max_train,
+    plan = [dict(task=name, seed=s, weights=weights, data=data_of(name), max_train=max_train,
                  max_eval=max_eval, length=tokens, learning_rate=learning_rate,
                  batch_size=batch_size or t.batch_size, epochs=0 if max_steps else epochs or t.epochs,
                  max_steps=0 if epochs else max_steps or t.max_steps, warmup=warmup, weight_decay=weight_decay,
@@ -442,7 +449,7 @@ def main():
         if other:
             raise ValueError(f'{path} is a result with {other}={result["settings"].get(other)!r}, but this command has '
                              f'{want[other]!r}: take another --out_dir, or delete that file')
-        if result:
+        if result and (not save or os.path.exists(path.replace('.json', '.pt'))):
             say(f'{path} is there already')
         else:
             todo.append(want)

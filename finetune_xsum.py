@@ -5,8 +5,8 @@
   python finetune_xsum.py --source=out/xsum_gpt2/seed1 --epochs=0 --beams=4   no training: decode what was fine-tuned
 
 The model reads article, separator, summary, <|endoftext|>. The loss is on the summary and its end alone, and an article
-that is too long loses its tail. A run that was stopped goes on when the same command is given again. out_dir gets
-results.md and results.json, and of each seed last.pt, log.csv and summaries.jsonl.
+that is too long loses its tail. A run that was stopped goes on when the same command is given again, without
+--overwrite. out_dir gets results.md and results.json, and of each seed last.pt, log.csv and summaries.jsonl.
 """
 import glob
 import hashlib
@@ -106,10 +106,10 @@ dtype = ('bfloat16' if device == 'cuda' else 'float32') if dtype == 'auto' else 
 autocast = torch.autocast(device, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
 out_dir = out_dir or os.path.join('out', f'xsum_{config.run_name(source)}')
 
-model = GPT.from_pretrained(source)
-# A checkpoint of ours says which tokenizer it was trained with; GPT-2's weights go with GPT-2's BPE.
-ours = os.path.exists(source) and not os.path.isfile(os.path.join(source, 'config.json'))
-tokenizer = config.tokenizer(load_checkpoint(source)['meta']['tokenizer'] if ours else 'gpt2')
+if overwrite and os.path.abspath(source).startswith(os.path.abspath(out_dir) + os.sep):
+    raise ValueError(f'source={source} lies in {out_dir}, which overwrite=True empties: take another --out_dir')
+
+model, tokenizer = GPT.from_pretrained(source), config.tokenizer_of(source)
 start = {name: w.clone() for name, w in model.state_dict().items()}  # what every seed starts from
 if model.cfg.vocab_size < tokenizer.n_vocab:
     raise ValueError(f'{source} knows {model.cfg.vocab_size} tokens, its tokenizer {tokenizer.name!r} makes '
@@ -154,8 +154,9 @@ def load_table(split):
         table = datasets.load_dataset(READERS[ending], data_files=path, split='train', **options)
     # Broken, not UTF-8, without rows; datasets says the last in three ways.
     except (datasets.exceptions.DatasetGenerationError, ValueError, StopIteration) as error:
-        raise ValueError(f'{path} is empty or cannot be read as {ending[1:]} in UTF-8 '
-                         f'({error.__cause__ or error or type(error).__name__}): write it again') from error
+        why = str(error.__cause__ or error).strip() or type(error).__name__
+        raise ValueError(f'{path} is empty or cannot be read as {ending[1:]} in UTF-8 ({why}): write it again'
+                         ) from error
     if '__index_level_0__' in table.column_names:
         raise ValueError(f'{path} has rows with more fields than its header: put text that has separators into quotes')
     numbers = np.arange(len(table))
@@ -216,10 +217,19 @@ facts = {k: v for k, v in settings.items() if k not in ('out_dir', 'overwrite', 
 facts['data_sha256'] = hashlib.sha256(b'|'.join(e.ids.tobytes() for e in held_out + train)).hexdigest()
 facts['weights_sha256'] = model.fingerprint()
 run_json = os.path.join(out_dir, 'run.json')
-fresh = overwrite or not os.path.exists(run_json)
+restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # torchrun --max_restarts: it goes on
+fresh = overwrite and not restarted or not os.path.exists(run_json)
+old = [path for name in ('seed*/last.pt', 'seed*/log.csv', 'seed*/summaries.jsonl', 'results.*')
+       for path in glob.glob(os.path.join(glob.escape(out_dir), name))]
+if fresh and old and not overwrite:
+    raise ValueError(f'{old[0]} is there, and no run.json: it is of something else. Take another --out_dir')
 if not fresh:
-    with open(run_json, encoding='utf-8') as f:
-        was = json.load(f)
+    try:
+        with open(run_json, encoding='utf-8') as f:
+            was = dict(json.load(f))
+    except (ValueError, TypeError) as error:
+        raise ValueError(f'{run_json} is broken ({error}): lose that run (--overwrite=True), or take another '
+                         '--out_dir') from error
     for key, value in facts.items():
         if was.get(key) != value:
             raise ValueError(f'{out_dir} holds a run with {key}={was.get(key)!r}, this one has {value!r}: take another '
@@ -246,8 +256,8 @@ def write(name, text):
 
 
 if fresh and is_main:
-    for old in glob.glob(os.path.join(glob.escape(out_dir), 'seed*', '*')):
-        os.unlink(old)
+    for path in old:
+        os.unlink(path)
     write('run.json', json.dumps(facts, indent=2))
 if world > 1:
     dist.barrier()
@@ -293,10 +303,9 @@ def losses_of(examples):
         with autocast:
             x, decisions = model.features(idx.to(device))
             loss = model.loss(x.flatten(0, 1)[counted.to(device)], targets.flatten()[counted].to(device))
-        for decision in itertools.chain(*decisions):
-            if decision.aux is not None:
-                loss = loss + (decision.aux - decision.aux.detach())  # as GPT.forward does: its gradient alone
-        yield loss * (counted.numel() / total)
+        # As in GPT.forward, auxiliary losses add their gradients alone; they are means over rows, not over summaries.
+        aux = sum(d.aux - d.aux.detach() for d in itertools.chain(*decisions) if d.aux is not None)
+        yield loss * (counted.numel() / total) + aux * (len(rows) / len(examples))
 
 
 def all_sum(number):
@@ -329,8 +338,8 @@ def train_step(batch, optimizer, step):
         group['lr'] = lr_at(step)
     loss, norm = all_sum(loss_sum), torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf).item()
     if not math.isfinite(loss) or not math.isfinite(norm):
-        raise ValueError(f'step {step + 1}: loss {loss}, gradient norm {norm}. Training stops before the update: try '
-                         'a lower --learning_rate or --dtype=float32')
+        raise ValueError(f'step {step + 1}: loss {loss}, gradient norm {norm}. Training stops before the update: '
+                         'begin again (--overwrite=True) with a lower --learning_rate or --dtype=float32')
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss, norm
@@ -488,7 +497,8 @@ if is_main:
     for row in rows[:show]:
         say(f'\n{row["id"]}: {row["document"][:80]!r}...\n  reference: {row["reference"]}\n'
             f'  generated: {row["generated"]}')
-    say(f'\n{report}\n{out_dir}: results.md, results.json, and of each seed last.pt, log.csv and summaries.jsonl')
+    say(f'\n{report}\n{out_dir}: results.md, results.json, and of each seed {"last.pt, log.csv and " * bool(epochs)}'
+        'summaries.jsonl')
 if world > 1:
     dist.barrier()  # gloo aborts a rank that leaves while another still talks to it
     dist.destroy_process_group()

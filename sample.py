@@ -8,7 +8,7 @@ import os
 import torch
 
 import config
-from model import GPT, load_checkpoint
+from model import GPT
 
 # --- what
 source = 'out/mom_demo'       # a run's directory or checkpoint, a GPT-2 name, or a Hugging Face directory
@@ -37,9 +37,7 @@ if dtype not in ('float32', 'bfloat16'):
 device = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
 torch.manual_seed(seed)
 
-# A checkpoint of ours says which tokenizer it was trained with; GPT-2's weights go with GPT-2's BPE.
-ours = os.path.exists(source) and not os.path.isfile(os.path.join(source, 'config.json'))
-tokenizer = config.tokenizer(load_checkpoint(source)['meta']['tokenizer'] if ours else 'gpt2')
+tokenizer = config.tokenizer_of(source)
 model = GPT.from_pretrained(source).to(device).cast(getattr(torch, dtype)).eval()
 
 if prompt.startswith('file:'):

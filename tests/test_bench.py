@@ -234,7 +234,7 @@ def test_route():
 
 
 def test_ablate():
-    _, result = bench('ablate', '--tokens=48', '--block_size=40', '--n_embd=16', '--n_head=2', '--prompt=4', '--new=8',
+    _, result = bench('ablate', '--tokens=80', '--block_size=40', '--n_embd=16', '--n_head=2', '--prompt=4', '--new=8',
                       '--H=2', '--repeats=1', '--device=cpu')
     assert [(row['what'][:11], row['passes'][:4]) for row in result['rows']] == [
         (what, passes) for passes in ('forw', 'both') for what in ('as it is', 'q, k, v not', 'not grouped')] + [
@@ -289,13 +289,17 @@ def test_modules_per_token_and_the_weights_that_they_read(names):
     qkv, out = 2 * C + C * 3 * C + 3 * C, C * C + C
     ffn = 2 * C + C * 4 * C + 4 * C + 4 * C * C + C
     router = 3 * 8 * (C + 8) + 2 * 3 * 8 + 5 * 8    # GRU, its biases, W
-    always = V * C + 2 * C + C + 2 * (qkv + out + ffn) + 2 * 2 * router  # two blocks; two routers at two steps
+    # two blocks in bf16; two routers at two steps, in fp32
+    always = 2 * (V * C + 2 * C + C + 2 * (qkv + out + ffn)) + 4 * 2 * 2 * router
     # Position 1: {0,1} and {2,3} are two sums of qkv and four modules; {1,2} twice are two feed-forward modules.
     # Position 2: {2} twice is one sum and one module; {3,1} and {3,0} are three feed-forward modules.
-    last = always + 2 * (1 * qkv + 1 * out + 3 * ffn)
-    both = (last + always + 2 * (2 * qkv + 4 * out + 2 * ffn)) / 2
-    assert names['weights_read'](model, cfg, decisions, 2, 2) == pytest.approx(last)
-    assert names['weights_read'](model, cfg, decisions, 2, 1) == pytest.approx(both)
+    last = always + 2 * 2 * (1 * qkv + 1 * out + 3 * ffn)
+    both = (last + always + 2 * 2 * (2 * qkv + 4 * out + 2 * ffn)) / 2
+    assert names['weights_read'](model, cfg, decisions, 2, 2, 2) == pytest.approx(last)
+    assert names['weights_read'](model, cfg, decisions, 2, 1, 2) == pytest.approx(both)
+    model.chunks[1].S = 0  # not merged: {0,1}, {2,3} are four matrices, {2} is one
+    unmerged = both + 2 * 2 * 2 * qkv / 2
+    assert names['weights_read'](model, cfg, decisions, 2, 1, 2) == pytest.approx(unmerged)
 
 
 def test_every_config_file_gives_the_shape_that_its_weights_have(names, tmp_path, monkeypatch):
@@ -329,6 +333,9 @@ MISTAKES = {
     'decode --prompt=1000 --new=100': 'take fewer', 'decode --compile=True': 'goes with train, forward',
     'forward --K=9 --chunks=4': 'take K <= 5', 'train --weights=nowhere': 'nor a directory',
     'route --chunks=1-4-1': 'one chunk of several modules', 'route --tokens=100': 'a multiple of block_size',
+    'ablate --chunks=1-4-1': 'one chunk of several modules', 'ablate --prompt=1000': 'fit into it',
+    'train --dtype=': 'none of auto', 'train --dtype=float32,bfloat16': 'none of auto',
+    'runs --of=config': 'no checkpoint',
     'train --compare=hf': 'pip install -r requirements-dev.txt'}
 
 

@@ -36,6 +36,7 @@ def test_values_are_typed_and_later_ones_win(tmp_path):
 def test_two_runs_do_not_share_a_name():
     assert [config.run_name(source) for source in ('gpt2', 'out/a', 'out/a/', 'out/b/last.pt', 'b/best.pt')] == [
         'gpt2', 'a', 'a', 'b', 'b']
+    assert config.run_name('out/xsum_gpt2/seed1') == config.run_name('out/xsum_gpt2/seed1/last.pt') == 'xsum_gpt2_seed1'
     assert config.run_name('last.pt') == os.path.basename(os.getcwd())
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict
@@ -469,6 +470,15 @@ def test_what_is_done_is_not_done_again(data, sources, tmp_path):
     torch.save(other, tmp_path / 'other.pt')
     with pytest.raises(ValueError, match='is a result with weights='):
         run(*args, f'--source={tmp_path / "other.pt"}')
+    moved = tmp_path / 'moved'
+    shutil.copytree(data, moved)
+    assert run(*args, f'--data_dir={moved}').count('is there already') == 4  # the same data in another place
+    with open(moved / 'rte' / 'train.jsonl', 'a') as f:
+        f.write(json.dumps(dict(sentence1='a', sentence2='b', label=0)) + '\n')
+    with pytest.raises(ValueError, match='rte_seed1337.json is a result with data='):
+        run(*args, f'--data_dir={moved}')
+    assert run(*args, '--task=cola', '--seeds=1', '--save=True').count('is there already') == 0
+    assert (out / 'cola_seed1337.pt').exists() and result(out, 'cola')['figures'] == a['figures']
     # other tasks may be added; a result of other settings that is not asked for stays out of the table
     run(*args, '--task=mrpc', '--max_steps=2')
     header, row = (out / 'results.md').read_text().splitlines()[:3:2]

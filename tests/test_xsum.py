@@ -505,7 +505,14 @@ def test_another_run_in_the_same_folder_is_refused(folder, tmp_path, monkeypatch
         stop_after(patch, 'loss', 2)
         with pytest.raises(Stop):
             run(*args, '--overwrite=True')
+    assert not (out / 'results.md').exists()
     run(*args)
+    inside = f'--source={out / "seed1"}'
+    assert 'overwrite=True empties' in fails(*args, inside, '--overwrite=True')
+    (out / 'run.json').write_text('{')
+    assert 'run.json is broken' in fails(*args)
+    (out / 'run.json').unlink()  # as in a folder of something else's
+    assert 'it is of something else' in fails(*args, inside)
     assert len(log(out)) == 3 and [row['id'] for row in summaries(out)] == [f'77-{i}' for i in range(6)]
 
 
