@@ -38,7 +38,7 @@ import torch
 from torch.nn import functional as F
 
 import config
-from model import GPT, Cache, Decision, MoMConfig, load_checkpoint, qkv_in, read_weights, top_k
+from model import GPT, Cache, Decision, MoMConfig, has_grouped_mm, load_checkpoint, qkv_in, read_weights, top_k
 
 # --- what
 mode = 'runs'            # 'runs', 'table1', 'train', 'forward', 'decode', 'route', 'ablate', 'scale' or 'saved'
@@ -351,7 +351,8 @@ def build(name, cfg):
                 vocab_size=cfg.vocab_size, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0,
                 eos_token_id=None, attn_implementation='sdpa'))
     if compile:  # as train.py does it
-        for part in [model] if name == 'hf' or cfg.vanilla or on_gpu and dtype == 'bfloat16' else [
+        whole = cfg.vanilla or dtype == 'bfloat16' and has_grouped_mm(torch.device(device), cfg.n_embd)
+        for part in [model] if name == 'hf' or whole else [
                 chunk for chunk, shape in zip(model.chunks, cfg.shapes) if shape.phi in ('vanilla', 'share')]:
             part.compile()
     return model

@@ -393,11 +393,10 @@ def generate(prompts):
     lengths = [len(prompt) for prompt in prompts]
     idx = torch.tensor([[*prompt, *[end] * (max(lengths) - len(prompt))] for prompt in prompts], device=device)
     out = model.generate(idx, max_new_tokens, temperature=0, beams=beams, stop=end,
-                         lengths=torch.tensor(lengths, device=device)).tolist()
+                         lengths=torch.tensor(lengths, device=device), vocab=tokenizer.n_vocab).tolist()
     texts = []
     for ids, length in zip(out, lengths):
         new = [*ids[length:length + max_new_tokens], end]
-        new = [i for i in new if i < tokenizer.n_vocab]  # the vocabulary of some weights is padded
         texts.append(tokenizer.decode(new[:new.index(end)]).strip())
     return texts
 

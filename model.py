@@ -196,7 +196,13 @@ def ffn_pool(stored, N, C):
 def norm(m, x, plan=None):  # each module has its own LayerNorm ("Add & Norm" belongs to the module)
     if plan is None:
         return F.layer_norm(x, x.shape[-1:], m.ln_w, m.ln_b, eps=1e-5)
-    return F.layer_norm(x, x.shape[-1:], eps=1e-5) * m.ln_w[plan.group] + m.ln_b[plan.group]
+    return F.layer_norm(x, x.shape[-1:], eps=1e-5) * of_rows(m.ln_w, plan) + of_rows(m.ln_b, plan)
+
+
+def of_rows(vectors, plan):
+    """(G, D) -> (R, D): of each row its group's vector. Their gradients are sums over thousands of rows: an embedding's
+    are added up in fp32, as the vectors are, and in segments; those of indexing, vectors[group], one row at a time."""
+    return F.embedding(plan.group, vectors)
 
 
 def few_rows(x, w):
@@ -214,11 +220,14 @@ def few_rows(x, w):
 
 def linear(x, w, b, plan=None):
     if plan is None:
-        return few_rows(x, w) + b if len(x) <= 16 else torch.addmm(b, x, w)
+        if len(x) > 16:
+            return torch.addmm(b, x, w)
+        y = few_rows(x, w)
+        return y + b.to(y.dtype)
     # F.grouped_mm leaves the rows past its last group uninitialised, in its output and in the gradient of its input,
     # and 0 * nan is nan: they are masked on both sides, never multiplied by 0.
     y = F.grouped_mm(x.to(w.dtype).masked_fill(plan.idle, 0), w, offs=plan.ends)
-    return (y + b[plan.group]).masked_fill(plan.idle, 0)
+    return (y + of_rows(b, plan).to(y.dtype)).masked_fill(plan.idle, 0)
 
 
 def qkv_in(m, x, plan=None):  # (M, C) -> (M, 3C): the q, k and v that attention module m makes
@@ -325,12 +334,19 @@ Decision = namedtuple('Decision', 'kind step N ids weights plan aux')
 Plan = namedtuple('Plan', 'order inverse sizes group ends idle')
 
 
+def has_grouped_mm(device, C):
+    """Whether F.grouped_mm is one kernel there, which never waits for the device to say how large the groups are: in
+    bf16 on Hopper (H100, H200), at widths C that are multiples of 8. On older cards it is a loop that waits at every
+    call, and on Blackwell gradients of empty groups are garbage (pytorch issue 172439)."""
+    return device.type == 'cuda' and C % 8 == 0 and torch.cuda.get_device_properties(device).major == 9
+
+
 def grouped_dtype(x):
-    """The type in which F.grouped_mm shall multiply all groups at once, or None for one product per group. The former
-    never waits for the device to say how large the groups are, and is fast in bf16 on CUDA only."""
+    """The type in which F.grouped_mm shall multiply all groups of rows of x (M, C) at once, or None for one product per
+    group."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return dtype if kind == 'cuda' and dtype == torch.bfloat16 else None
+    return dtype if dtype == torch.bfloat16 and has_grouped_mm(x.device, x.size(-1)) else None
 
 
 def sort_rows(group, G, on_device):
@@ -493,8 +509,7 @@ class Chunk(nn.Module):
         modules = [one and [type(one)(*m) for m in zip(*(p.unbind(0) for p in one))] for one in stacks]
         dtype = grouped_dtype(x)
         if dtype is not None:
-            stacks = [one and type(one)(*(p if 'ln' in f else p.to(dtype) for f, p in zip(one._fields, one)))
-                      for one in stacks]
+            stacks = [one and type(one)(*(p.to(dtype) if p.ndim == 3 else p for p in one)) for one in stacks]
         return [one and (one, stack) for one, stack in zip(modules, stacks)]
 
     def qkv(self, attn, merged, x, d):
@@ -536,7 +551,7 @@ class Chunk(nn.Module):
         been among them. It learns beside the model, from a cross-entropy that sends no gradient into it.
         """
         B, T, C = x.shape
-        score, _ = self.router_t(x, None, 0)                                       # (B, T, 1)
+        score = self.router_t(x.reshape(B * T, C), None, 0)[0].view(B, T, 1)
         member = self.predictor(x.detach().to(score.dtype)).squeeze(-1)            # (B, T), a logit
         if self.training:
             best = score.squeeze(-1).topk(max(1, round(self.cfg.capacity * T)), dim=1).indices
@@ -725,20 +740,24 @@ class GPT(nn.Module):
         return logits, loss
 
     @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, beams=1, stop=None, lengths=None):
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, beams=1, stop=None, lengths=None,
+                 vocab=None):
         """Continue each row of idx (B, T) by max_new_tokens tokens -> (B, T + max_new_tokens), or fewer if all stopped.
 
         temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the likeliest that hold this share of the
         probability. beams > 1 searches for the sequence of highest mean log-probability instead. A row that has
         produced the token `stop` is finished. lengths (B,): prompts of different lengths, padded on the right; the new
-        tokens of a row follow its prompt at once, and the rest of a row is filled with `stop` (0 without one).
+        tokens of a row follow its prompt at once, and the rest of a row is filled with `stop` (0 without one). vocab:
+        how many ids the tokenizer has, if the model's vocabulary is padded beyond them.
         Keys and values are cached. Positions are learned, so a text longer than block_size slides: each further token
         sees the last block_size tokens afresh. That is for equally long rows without beams; ValueError for the others.
         """
         B, T = idx.shape
-        if T < 1 or temperature < 0 or beams < 1 or top_k is not None and top_k < 1 or not 0 < (top_p or 1) <= 1:
+        if (T < 1 or max_new_tokens < 1 or temperature < 0 or beams < 1 or top_k is not None and top_k < 1
+                or top_p is not None and not 0 < top_p <= 1):
             raise ValueError(f'temperature={temperature} must be >= 0, top_k={top_k} >= 1 or None, top_p={top_p} above '
-                             f'0 and at most 1 or None, beams={beams} >= 1, and idx not empty')
+                             f'0 and at most 1 or None, beams={beams} and max_new_tokens={max_new_tokens} >= 1, and '
+                             'idx not empty')
         size = T + max_new_tokens
         if lengths is not None and not (len(lengths) == B and 1 <= lengths.min() and lengths.max() <= T):
             raise ValueError(f'lengths={lengths.tolist()} must give each of the {B} rows a length of 1 to {T}')
@@ -753,7 +772,7 @@ class GPT(nn.Module):
             count, cache.tokens = ends, torch.zeros_like(ends)
         else:
             ends, count = torch.full((B,), T, device=idx.device), None
-        head = self.wte.weight.t()  # (C, V)
+        head = self.wte.weight[:vocab].t()  # (C, V)
         if idx.device.type == 'cpu' and head.dtype == torch.float32:
             head = head.contiguous()  # as Cache.pools: the layout to multiply one row with
         rows = torch.arange(B, device=idx.device)

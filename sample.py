@@ -34,7 +34,13 @@ if temperature < 0 or top_k < 0:
     raise ValueError(f'temperature={temperature} and top_k={top_k} must be at least 0')
 if dtype not in ('float32', 'bfloat16'):
     raise ValueError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
+if not 0 < top_p <= 1:
+    raise ValueError(f'top_p={top_p} must be above 0 and at most 1')
+if device not in ('auto', 'cpu') and not device.startswith('cuda'):
+    raise ValueError(f"device={device!r} must be 'auto', 'cpu' or 'cuda'")
 device = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
+if device.startswith('cuda') and not torch.cuda.is_available():
+    raise ValueError('device=cuda, but torch sees no GPU: take --device=cpu')
 torch.manual_seed(seed)
 
 tokenizer = config.tokenizer_of(source)
@@ -43,13 +49,16 @@ model = GPT.from_pretrained(source).to(device).cast(getattr(torch, dtype)).eval(
 if prompt.startswith('file:'):
     if not os.path.isfile(prompt[5:]):
         raise ValueError(f'no prompt file {prompt[5:]}')
-    with open(prompt[5:], encoding='utf-8') as f:
-        prompt = f.read()
+    try:
+        with open(prompt[5:], encoding='utf-8') as f:
+            prompt = f.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{prompt[5:]} is not UTF-8 ({error}): convert it') from error
 ids = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]  # <|endoftext|> is what stands before a document
 idx = torch.tensor([ids], device=device)
 for n in range(samples):
-    text = model.generate(idx, max_new_tokens, temperature, top_k or None, top_p, beams,
-                          tokenizer.eot_token if stop else None)[0, len(ids):].tolist()
+    text = model.generate(idx, max_new_tokens, temperature, top_k or None, top_p if top_p < 1 else None, beams,
+                          tokenizer.eot_token if stop else None, vocab=tokenizer.n_vocab)[0, len(ids):].tolist()
     if stop and tokenizer.eot_token in text:
         text = text[:text.index(tokenizer.eot_token)]
     print(prompt + tokenizer.decode(text))

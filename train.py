@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 import config
-from model import GPT, MoMConfig, load_checkpoint, regroup
+from model import GPT, MoMConfig, has_grouped_mm, load_checkpoint, regroup
 
 # --- run
 out_dir = 'out/run'                  # checkpoints last.pt and best.pt, and log.csv
@@ -92,18 +92,23 @@ settings, given = config.load(globals())
 checkpoint = None
 last_pt, best_pt = os.path.join(out_dir, 'last.pt'), os.path.join(out_dir, 'best.pt')
 restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # torchrun --max_restarts started us anew
+launch = os.environ.get('TORCHELASTIC_RUN_ID', '')  # of torchrun; the same after a restart
 if init_from == 'resume' or restarted and os.path.exists(last_pt):
     checkpoint = load_checkpoint(last_pt)
+    if init_from != 'resume' and overwrite and checkpoint.get('launch') != launch:
+        checkpoint = None  # it is the run that was to be overwritten: our first start did not come that far
+if checkpoint:
     parts = dict(settings=dict, optimizer=dict, scaler=dict, step=int, val_loss=float, val_step=int, best_loss=float,
                  meta=dict, rng=torch.Tensor)
     if not (all(isinstance(checkpoint.get(k), kind) for k, kind in parts.items())
             and {'state', 'param_groups'} <= checkpoint['optimizer'].keys()):
         raise ValueError(f'{last_pt} holds weights, but no training to resume: begin one with --init_from={last_pt}')
     # What this command line does not say is as it was. So `--out_dir=... --init_from=resume` is enough.
-    was = {k: v for k, v in checkpoint['settings'].items() if k in settings and (k not in given or k == 'init_from')}
+    was = {k: v for k, v in checkpoint['settings'].items()
+           if k in settings and k != 'out_dir' and (k not in given or k == 'init_from')}  # a folder may have moved
     settings.update(was)
     globals().update(settings)
-elif os.path.exists(last_pt) and not overwrite:
+elif (os.path.exists(last_pt) or os.path.exists(best_pt)) and not overwrite:
     raise ValueError(f'{out_dir} holds a run: go on with it (--init_from=resume), take another --out_dir, '
                      'or lose it (--overwrite=True)')
 
@@ -114,6 +119,12 @@ for key in ('max_steps', 'batch_size', 'micro_batch', 'block_size', 'eval_every'
         raise ValueError(f'{key}={settings[key]} must be at least 1')
 if batch_size % world or (batch_size // world) % min(micro_batch, batch_size // world):
     raise ValueError(f'batch_size={batch_size} must be a multiple of {world} processes x micro_batch={micro_batch}')
+for key in ('seed', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip'):
+    if settings[key] < 0:
+        raise ValueError(f'{key}={settings[key]} must be at least 0')
+for key in ('beta1', 'beta2'):
+    if not 0 <= settings[key] < 1:
+        raise ValueError(f'{key}={settings[key]} must be at least 0 and below 1')
 if not 0 <= warmup < 1:
     raise ValueError(f'warmup={warmup} is a share of the steps: 0 <= warmup < 1')
 if device not in ('auto', 'cpu') and not device.startswith('cuda'):
@@ -248,7 +259,7 @@ weights_sha256 = raw.fingerprint() if is_main else ''
 raw.to(device)
 model = raw
 raw.checkpointing = checkpointing
-if compile and (cfg.vanilla or device != 'cpu' and dtype == 'bfloat16'):
+if compile and (cfg.vanilla or dtype == 'bfloat16' and has_grouped_mm(torch.device(device), cfg.n_embd)):
     model = torch.compile(raw)
 elif compile:  # without F.grouped_mm the sizes inside a routed chunk change with every batch: it stays eager
     for chunk in raw.chunks:
@@ -263,7 +274,7 @@ if fsdp:  # each chunk is gathered when it runs; every tensor is cut along its l
     register_fsdp_forward_method(raw, 'features')  # evaluation calls it
     warnings.filterwarnings('ignore', 'FSDP2-wrapped module .* returned a view')  # nothing is done in place on it
 elif world > 1:
-    model = DistributedDataParallel(model, device_ids=None if device == 'cpu' else [device])
+    model = DistributedDataParallel(model, device_ids=None if device == 'cpu' else [device], broadcast_buffers=False)
 optimizer = torch.optim.AdamW(raw.param_groups(weight_decay), lr=learning_rate, betas=(beta1, beta2), fused=True)
 
 # ----------------------------------------------------------------------------- learning rate, evaluation, checkpoints
@@ -290,13 +301,17 @@ def evaluate():
     mine = (np.arange(n) * room // n * block_size)[rank::world]
     loss_sum = 0.0
     raw.eval()  # MoD chooses its tokens without looking at the future
-    for at in range(0, len(mine), micro):
-        if stop:
+    for at in range(0, -(-n // world), micro):  # as often on every rank: sharded weights are gathered by all together
+        now = mine[at:at + micro]
+        if all_sum(float(stop))[0] if fsdp else (stop or not len(now)):
             break
-        x, y = sequences('val', mine[at:at + micro])
+        x, y = sequences('val', now if len(now) else mine[:1])
         with autocast:
             x, decisions = raw.features(x)
-            loss_sum += raw.loss(x, y).item() * y.numel()
+            loss = raw.loss(x, y).item() * y.numel()
+        if not len(now):
+            break  # this rank had nothing to do but to take part
+        loss_sum += loss
         for decision in itertools.chain(*decisions):
             for kind in 'AF' if decision.kind == 'T' else decision.kind:  # MoD sends a token through both or neither
                 picks[kind] += (decision.ids < decision.N).sum().item()
@@ -332,7 +347,7 @@ def save():
         return
     state = dict(model=weights, model_config=asdict(cfg), settings=settings, optimizer=moments,
                  scaler=scaler.state_dict(), step=step, val_loss=val_loss, val_step=val_step, best_loss=best_loss,
-                 meta=meta, rng=torch.get_rng_state(), torch=str(torch.__version__))
+                 meta=meta, rng=torch.get_rng_state(), torch=str(torch.__version__), launch=launch)
     try:
         with open(log_path, 'a') as f:
             os.fsync(f.fileno())  # the log reaches the disk before the checkpoint does
@@ -392,7 +407,8 @@ if is_main:
     if resumed and os.path.exists(log_path):  # steps after the checkpoint are done again
         with open(log_path, newline='', errors='replace') as f:
             rows = csv.reader(line for line in f if line.endswith('\n'))  # a kill can leave half of the last one
-            kept = [row for row in rows if len(row) == len(COLUMNS) and row[0].isdigit() and int(row[0]) <= step]
+            kept = [row for row in rows if len(row) == len(COLUMNS) and row[0].isdigit()
+                    and int(row[0]) <= (val_step if row[COLUMNS.index('val_loss')] else step)]
     if not resumed:
         for path in (last_pt, best_pt):  # overwrite=True: what another run left is not to be taken for this one's
             if os.path.exists(path):
@@ -507,7 +523,8 @@ while not stopping:
 
 if stopping:
     save()
-    say(f'stopped after step {step}, saved. Go on with: python train.py --out_dir={out_dir} --init_from=resume')
+    python = f'torchrun --nproc_per_node={world}' if world > 1 else 'python'
+    say(f'stopped after step {step}, saved. Go on with: {python} train.py --out_dir={out_dir} --init_from=resume')
 memory = (1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if device == 'cpu'
           else torch.cuda.max_memory_allocated())
 say(f'{step - first_step} steps in {clock(time.time() - started)}; best validation loss {best_loss:.4f}; '

@@ -160,7 +160,7 @@ def differences(a, b):
     wrong = []
     for file in ('last.pt', 'best.pt'):
         one, other = (torch.load(os.path.join(folder, file), weights_only=True) for folder in (a, b))
-        wrong += [f'{file}: {k}' for k in one if k not in ('settings',) and unequal(one[k], other[k])]
+        wrong += [f'{file}: {k}' for k in one if k not in ('settings', 'launch') and unequal(one[k], other[k])]
     logs = []
     for folder in (a, b):
         with open(os.path.join(folder, 'log.csv')) as f:

@@ -121,17 +121,18 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(whole, phase_two, 
     assert kill.differences(whole, tmp_path / 'run') == []
 
 
-def test_a_signal_interrupts_an_evaluation(phase_two, tmp_path):
+@pytest.mark.parametrize('ranks', [1, 2])
+def test_a_signal_interrupts_an_evaluation(ranks, phase_two, tmp_path):
     """It may take minutes, and torchrun kills what has not ended after half of one."""
-    args = [*phase_two, '--eval_tokens=9000', '--micro_batch=1', '--max_steps=8']
-    train(tmp_path / 'whole', *args)
-    training = kill.Training([*map(str, args), f'--out_dir={tmp_path / "run"}'], 1, f'{tmp_path}/output')
+    args = [*phase_two, '--eval_tokens=9000', '--micro_batch=1', '--max_steps=8', f'--fsdp={ranks > 1}']
+    train(tmp_path / 'whole', *args, ranks=ranks)
+    training = kill.Training([*map(str, args), f'--out_dir={tmp_path / "run"}'], ranks, f'{tmp_path}/output')
     while '\n4/8 | loss' not in training.text():  # the evaluation after step 4 has begun, and has 281 batches to do
         assert training.poll() is None, training.text()
     training.kill(signal.SIGTERM)
     assert training.wait() == 0
     assert last(tmp_path / 'run')['step'] == 4 and last(tmp_path / 'run')['val_step'] == 0
-    train(tmp_path / 'run', *RESUME)
+    train(tmp_path / 'run', *RESUME, ranks=ranks)
     assert kill.differences(tmp_path / 'whole', tmp_path / 'run') == []
 
 
@@ -167,6 +168,25 @@ def test_a_process_that_dies_is_started_again_by_torchrun(whole_2, phase_two, tm
     assert agent.wait() == 0, output.read_text()
     assert len(re.findall('weights at step', output.read_text())) == 2
     assert kill.differences(whole_2, out) == []
+
+
+def test_a_restart_does_not_take_up_the_run_that_was_to_be_overwritten(whole, phase_two, tmp_path, monkeypatch):
+    out = tmp_path / 'run'
+    shutil.copytree(whole, out)
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')  # the first start died before it had done anything
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'another')
+    for steps in (4, 8):  # and this one after four steps
+        text = train(out, *phase_two, f'--max_steps={steps}', '--overwrite=True', '--seed=9')
+        assert f'weights at step {steps - 4}' in text and last(out)['step'] == steps
+
+
+def test_a_folder_that_has_moved_and_a_best_checkpoint_alone(whole, phase_two, tmp_path):
+    stop_at(5, tmp_path / 'old', *phase_two)
+    (tmp_path / 'old').rename(tmp_path / 'new')
+    train(tmp_path / 'new', *RESUME)
+    assert kill.differences(whole, tmp_path / 'new') == [] and not (tmp_path / 'old').exists()
+    (tmp_path / 'new' / 'last.pt').unlink()
+    assert 'holds a run' in train(tmp_path / 'new', *phase_two, fails=True)
 
 
 def test_evaluation_changes_no_step_of_phase_two(whole, phase_two, tmp_path):
@@ -252,10 +272,13 @@ def test_float16_saves_its_scaler_and_resumes_bit_for_bit(data, tmp_path):
 
 # ----------------------------------------------------------------------------- sharding
 
+SHARDED = ['--fsdp=True', '--micro_batch=1']  # of 15 validation sequences one process has eight batches, one seven
+
+
 @pytest.fixture(scope='module')
 def sharded(phase_two, tmp_path_factory):
     out = tmp_path_factory.mktemp('sharded') / 'run'
-    return out, train(out, *phase_two, '--fsdp=True', ranks=2)
+    return out, train(out, *phase_two, *SHARDED, ranks=2)
 
 
 def test_sharded_training_equals_the_other(whole_2, sharded):
@@ -273,7 +296,7 @@ def test_sharded_checkpoints_are_the_same_files(whole_2, sharded, phase_two, tmp
     for i, moments in other['optimizer']['state'].items():
         for key, t in moments.items():
             assert torch.allclose(mine['optimizer']['state'][i][key], t, rtol=1e-3, atol=1e-6), (i, key)
-    stop_at(5, tmp_path / 'run', *phase_two, '--fsdp=True', ranks=2)
+    stop_at(5, tmp_path / 'run', *phase_two, *SHARDED, ranks=2)
     shutil.copytree(tmp_path / 'run', tmp_path / 'alone')
     train(tmp_path / 'run', *RESUME, ranks=2)  # sharded, and again sharded
     assert kill.differences(sharded[0], tmp_path / 'run') == []

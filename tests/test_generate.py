@@ -153,7 +153,8 @@ def test_mistakes_name_the_fix():
     model = GPT(tiny())
     idx = torch.zeros(2, 20, dtype=torch.int64)
     for args, message in [(dict(temperature=-1), 'temperature=-1'), (dict(top_k=0), 'top_k=0'),
-                          (dict(top_p=1.5), 'top_p=1.5'), (dict(beams=0), 'beams=0'), (dict(beams=2), 'do not fit'),
+                          (dict(top_p=1.5), 'top_p=1.5'), (dict(top_p=0.0), 'top_p=0.0'),
+                          (dict(beams=0), 'beams=0'), (dict(beams=2), 'do not fit'),
                           (dict(lengths=torch.tensor([3, 21])), 'a length of 1 to 20'),
                           (dict(lengths=torch.tensor([3])), 'each of the 2 rows'),
                           (dict(lengths=torch.tensor([3, 20])), 'do not fit block_size=24')]:

@@ -341,6 +341,16 @@ def balance_loss_of(model, idx):
 
 # ----------------------------------------------------------------------------- mixture of depths
 
+@pytest.mark.parametrize('router', ['gru', 'mlp'])
+def test_mod_takes_any_router(router):
+    model = stir(GPT(tiny(chunks='1-1-1-1', phi='mod', K=1, capacity=0.5, router=router)).double())
+    idx = torch.randint(0, 50, (3, 12))
+    logits, loss = model.train()(idx, idx)
+    loss.backward()
+    assert model.chunks[1].router_t.out.weight.grad.abs().sum() > 0
+    assert torch.allclose(logits[1:2], model(idx[1:2])[0], rtol=1e-10)  # sequences do not see each other
+
+
 def test_mod_at_full_capacity_with_gate_one_is_vanilla():
     vanilla = stir(GPT(tiny(chunks='1-1-1-1')).double())
     model = GPT(tiny(chunks='1-1-1-1', phi='mod', K=1, capacity=1.0)).double().train()
@@ -357,10 +367,10 @@ def test_mod_chooses_the_top_k_in_training_and_by_its_predictor_afterwards():
     idx = torch.randint(0, 50, (3, 24))
     _, decisions = model.features(idx)
     assert [len(d) for d in decisions] == [0, 1, 0, 1, 0, 1]
-    (x, score), = seen
+    (x, score), = ((x.view(3, 24, -1), score.view(3, 24)) for x, score in seen)
     want = torch.zeros(3, 24, dtype=torch.bool)
     for b in range(3):
-        want[b, score[b, :, 0].argsort(descending=True)[:6]] = True  # capacity 0.25 of 24
+        want[b, score[b].argsort(descending=True)[:6]] = True  # capacity 0.25 of 24
     assert torch.equal(decisions[1][0].ids.view(3, 24) == 0, want)
     hand = F.binary_cross_entropy_with_logits(chunk.predictor(x)[..., 0], want.double())
     assert torch.allclose(decisions[1][0].aux, hand)
