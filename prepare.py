@@ -96,7 +96,7 @@ def read_jsonl(path):
                 continue
             try:
                 row = json.loads(line.decode('utf-8-sig'))
-            except ValueError as error:  # not JSON, or not UTF-8
+            except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8, or brackets in brackets without end
                 raise ValueError(f'{path}, line {n} is not JSON in UTF-8 ({error}): repair or delete it') from error
             if not isinstance(row, dict):
                 raise ValueError(f'{path}, line {n} is a {type(row).__name__}: write {{"{field}": "..."}} on each line')
@@ -112,6 +112,8 @@ def read_rows(batches, where, columns):
             yield chunks(value, f'{where}, row {n}', columns)
     except UnicodeDecodeError as error:
         raise ValueError(f'{where} holds text that is not UTF-8 ({error.reason}): write it again as UTF-8') from error
+    except OSError as error:  # pyarrow's, for pages that are damaged
+        raise ValueError(f'{where} is broken ({" ".join(str(error).split())}): fetch or write it again') from error
 
 
 def read_parquet(path):

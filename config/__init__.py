@@ -124,6 +124,9 @@ def _sentence_instead_of_traceback(kind, error, trace):
     """A ValueError that our own code raised is a user's mistake: its sentence alone says the fix.
     Everything else, torch's ValueErrors included, keeps its traceback."""
     raised_in = traceback.extract_tb(trace)[-1].filename if trace else ''
+    if kind in (FileExistsError, NotADirectoryError):  # from makedirs
+        kind, raised_in = ValueError, __file__
+        error = f'{error.filename} is a file, where a folder has to be: name another'
     if kind is ValueError and os.path.dirname(os.path.abspath(raised_in)) in (ROOT, os.path.join(ROOT, 'config')):
         print(f'{os.path.basename(sys.argv[0])}: error: {error}', file=sys.stderr)
     else:

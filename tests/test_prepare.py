@@ -270,7 +270,16 @@ def test_memory_does_not_grow_with_the_text(ending, workers, tmp_path):
 
 # ----------------------------------------------------------------------------- what goes wrong
 
+def damaged_parquet():
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({'text': ['a', 'b']}), sink)
+    raw = bytearray(sink.getvalue().to_pybytes())
+    raw[4:12] = b'\xff' * 8  # the head of the first page
+    return bytes(raw)
+
+
 @pytest.mark.parametrize('name, content, args, fix', [
+    ('a.parquet', damaged_parquet(), '', 'a.parquet is broken .*fetch or write it again'),
     ('a.txt', b'caf\xe9', '', 'a.txt is not UTF-8 .*iconv -f latin1 -t utf-8'),
     ('a.txt', b'', '', 'no text in a.txt'),
     ('a.txt', b'ab', '', 'val_tokens=2 of 3 tokens .*give more text'),
@@ -291,6 +300,7 @@ def test_memory_does_not_grow_with_the_text(ending, workers, tmp_path):
     ('a.jsonl', b'{"text": null}', '', "line 1 has null in field 'text'.*repair the file"),
     ('a.jsonl', b'{"text": "a"}\n{"text": ["a"]}', '', "line 2 has list in field 'text'.*--field=NAME"),
     ('a.jsonl', b'{"text": "\\ud83d"}', '', 'line 1 is not Unicode text .*repair or delete it'),
+    ('a.jsonl', b'[' * 10 ** 6, '', 'a.jsonl, line 1 is not JSON in UTF-8 .*repair or delete it'),
     ('a.parquet', b'version https://git-lfs', '', 'a.parquet is not a parquet file .*fetch or write it again'),
     ('a.parquet', {'text': ['a', 'b', None]}, '', "a.parquet, row 3 has null in field 'text'"),
     ('a.parquet', {'n': [1], 'body': ['a']}, '', "a.parquet has no field 'text'.*columns are n, body: .*--field=NAME"),

@@ -294,7 +294,10 @@ def test_bad_settings(text, phase_one, tmp_path):
             ([data, f'--out_dir={tmp_path / "a"}', f'--init_from={phase_one}', '--chunks=1-4-1'], 'sum to 6, but'),
             ([data, f'--out_dir={tmp_path / "a"}', f'--init_from={phase_one}', '--chunks=4', '--K=6'], 'take K <= 5'),
             ([data, f'--out_dir={tmp_path / "a"}', '--batch_size=9', '--micro_batch=2'], 'must be a multiple'),
-            ([data, f'--out_dir={tmp_path / "a"}', '--dtype=fp8'], "must be 'auto'")]:
+            ([data, f'--out_dir={tmp_path / "a"}', '--dtype=fp8'], "must be 'auto'"),
+            ([data, f'--out_dir={tmp_path / "a"}', '--grad_clip=-1'], 'grad_clip=-1.0 must be at least 0'),
+            ([data, f'--out_dir={phase_one}', '--overwrite=True', '--beta2=1'], 'beta2=1.0 must be at least 0'),
+            ([*TINY, data, f'--out_dir={phase_one / "last.pt"}'], 'last.pt is a file, where a folder has to be')]:
         assert message in one_sentence(run(*args, fails=True))
 
 
