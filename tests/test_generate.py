@@ -149,6 +149,13 @@ def test_bfloat16_weights_on_the_cpu(system):
     assert model.generate(idx, 4, temperature=0).shape == (2, 16)
 
 
+def test_ids_beyond_the_tokenizer_s_are_not_chosen():
+    model = stir(GPT(tiny()))
+    idx = torch.randint(0, 50, (2, 5))
+    for how in (dict(temperature=0), dict(temperature=5.0), dict(beams=2)):
+        assert model.generate(idx, 10, **how)[:, 5:].max() >= 10 > model.generate(idx, 10, **how, vocab=10)[:, 5:].max()
+
+
 def test_mistakes_name_the_fix():
     model = GPT(tiny())
     idx = torch.zeros(2, 20, dtype=torch.int64)

@@ -296,11 +296,15 @@ def test_ids_that_are_no_tokens_are_not_decoded(folder, tmp_path):
     with torch.no_grad():  # a padded vocabulary, and a model that likes the last of its ids best
         model.ln_f.bias.fill_(1.0)
         model.wte.weight[299] = 1.0
-    torch.save(dict(model=model.state_dict(), model_config=asdict(model.cfg), meta={'tokenizer': 'bytes'}),
-               tmp_path / 'padded.pt')
-    run(f'--source={tmp_path / "padded.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path / "run"}',
-        '--epochs=0', '--max_eval=2', '--max_new_tokens=3')
-    assert [row['generated'] for row in summaries(tmp_path / 'run')] == ['', '']
+    generated = []
+    for vocab in (300, 257):
+        state, out = {**model.state_dict(), 'wte.weight': model.wte.weight[:vocab].clone()}, tmp_path / str(vocab)
+        torch.save(dict(model=state, model_config={**asdict(model.cfg), 'vocab_size': vocab},
+                        meta={'tokenizer': 'bytes'}), tmp_path / 'source.pt')
+        run(f'--source={tmp_path / "source.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={out}', '--epochs=0',
+            '--max_eval=2', '--max_new_tokens=3')
+        generated.append([row['generated'] for row in summaries(out)])
+    assert generated[0] == generated[1] and any(generated[0])
 
 
 def test_beams(folder, tmp_path):
