@@ -305,7 +305,7 @@ def evaluate():
         now = mine[at:at + micro]
         if all_sum(float(stop))[0] if fsdp else (stop or not len(now)):
             break
-        x, y = sequences('val', now if len(now) else mine[:1])
+        x, y = sequences('val', now if len(now) else [0])
         with autocast:
             x, decisions = raw.features(x)
             loss = raw.loss(x, y).item() * y.numel()
