@@ -275,8 +275,8 @@ known = list(dict.fromkeys(name for table in chosen for _, cell, base, _, _ in r
 for name in picked:
     if name not in known:
         raise ValueError(f'cells={cells!r}: {name!r} is none of those of {",".join(chosen)}: {", ".join(known)}')
-wanted = list(dict.fromkeys(name for table in chosen for _, cell, base, _, _ in rows[table]
-                            if cell in (picked or known) for name in (base, cell))) + picked  # a baseline by itself
+wanted = list(dict.fromkeys([name for table in chosen for _, cell, base, _, _ in rows[table]
+                             if cell in (picked or known) for name in (base, cell)] + picked))  # a baseline by itself
 
 # ----------------------------------------------------------------------------- cells: what is there
 
