@@ -434,11 +434,9 @@ def main():
     for key in ('tokens', 'routes', 'page', 'batch'):
         if settings[key] < 1:
             raise ValueError(f'{key}={settings[key]} must be at least 1')
-    if seed < 0 or device not in ('auto', 'cpu') and not device.startswith('cuda'):
-        raise ValueError(f"seed={seed} must be at least 0, and device={device!r} 'auto', 'cpu' or 'cuda'")
-    device = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
-    if device.startswith('cuda') and not torch.cuda.is_available():
-        raise ValueError('device=cuda, but torch sees no GPU: take --device=cpu')
+    if seed < 0:
+        raise ValueError(f'seed={seed} must be at least 0')
+    device = config.find_device(device)
     checkpoint = load_checkpoint(source) if os.path.exists(source) else {}
     model = GPT.from_pretrained(source).to(device).eval()
     if model.cfg.phi == 'share' or model.cfg.vanilla:

@@ -150,11 +150,8 @@ for key, known in dict(dtype='auto bfloat16 float32', hf_dtype='bfloat16 float32
     for value in settings[key].split(',') if several else [settings[key]]:
         if value not in known.split() and not (may_be_empty and not settings[key]):
             raise ValueError(f'{key}={settings[key]!r}: {value!r} is none of {known.replace(" ", ", ")}')
-on_gpu = torch.cuda.is_available() if device == 'auto' else device.startswith('cuda')
-if device not in ('auto', 'cpu') and not (on_gpu and torch.cuda.is_available()):
-    raise ValueError(f"device={device!r} must be 'auto', 'cpu' or, if torch sees a GPU, 'cuda'")
-if device == 'auto':
-    device = 'cuda' if on_gpu else 'cpu'
+device = config.find_device(device)
+on_gpu = device != 'cpu'
 if dtype == 'auto':  # Table 1 is counted in fp32
     dtype = 'bfloat16' if mode == 'saved' or on_gpu and mode not in ('runs', 'table1') else 'float32'
 real = getattr(torch, dtype)

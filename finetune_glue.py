@@ -414,11 +414,7 @@ def main():
         raise ValueError(f'warmup={warmup} is a share of the steps: 0 <= warmup < 1')
     if paper_row and paper_row not in PAPER:
         raise ValueError(f"paper_row={paper_row!r} must be '' or one of {', '.join(PAPER)}")
-    if device not in ('auto', 'cpu') and not device.startswith('cuda'):
-        raise ValueError(f"device={device!r} must be 'auto', 'cpu' or 'cuda'")
-    on = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
-    if on.startswith('cuda') and not torch.cuda.is_available():
-        raise ValueError('device=cuda, but torch sees no GPU: take --device=cpu')
+    on = config.find_device(device)
     if dtype not in ('auto', 'bfloat16', 'float32'):
         raise ValueError(f"dtype={dtype!r} must be 'auto', 'bfloat16' or 'float32'")
     precision = ('bfloat16' if on.startswith('cuda') else 'float32') if dtype == 'auto' else dtype

@@ -99,9 +99,7 @@ if len(shares) != 3 or abs(sum(shares) - 1) > 1e-6:
 paper = {f'{name} {size}': r for name, row in TABLE_6.items() for size, r in zip(('small', 'medium', 'large'), row)}
 if paper_row and paper_row not in paper:
     raise ValueError(f'paper_row={paper_row!r} is not in Table 6: take one of {", ".join(paper)}')
-if device == 'cuda' and not torch.cuda.is_available():
-    raise ValueError('device=cuda, but torch sees no GPU: take --device=cpu')
-device = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
+device = config.find_device(device)
 dtype = ('bfloat16' if device == 'cuda' else 'float32') if dtype == 'auto' else dtype
 autocast = torch.autocast(device, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
 out_dir = out_dir or os.path.join('out', f'xsum_{config.run_name(source)}')

@@ -36,11 +36,7 @@ if dtype not in ('float32', 'bfloat16'):
     raise ValueError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
 if not 0 < top_p <= 1:
     raise ValueError(f'top_p={top_p} must be above 0 and at most 1')
-if device not in ('auto', 'cpu') and not device.startswith('cuda'):
-    raise ValueError(f"device={device!r} must be 'auto', 'cpu' or 'cuda'")
-device = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
-if device.startswith('cuda') and not torch.cuda.is_available():
-    raise ValueError('device=cuda, but torch sees no GPU: take --device=cpu')
+device = config.find_device(device)
 torch.manual_seed(seed)
 
 tokenizer = config.tokenizer_of(source)

@@ -127,11 +127,7 @@ for key in ('beta1', 'beta2'):
         raise ValueError(f'{key}={settings[key]} must be at least 0 and below 1')
 if not 0 <= warmup < 1:
     raise ValueError(f'warmup={warmup} is a share of the steps: 0 <= warmup < 1')
-if device not in ('auto', 'cpu') and not device.startswith('cuda'):
-    raise ValueError(f"device={device!r} must be 'auto', 'cpu' or 'cuda'")
-device = ('cuda' if torch.cuda.is_available() else 'cpu') if device == 'auto' else device
-if device.startswith('cuda') and not torch.cuda.is_available():
-    raise ValueError('device=cuda, but torch sees no GPU: take --device=cpu')
+device = config.find_device(device)
 if dtype not in ('auto', 'bfloat16', 'float16', 'float32'):
     raise ValueError(f"dtype={dtype!r} must be 'auto', 'bfloat16', 'float16' or 'float32'")
 dtype = ('bfloat16' if device.startswith('cuda') else 'float32') if dtype == 'auto' else dtype

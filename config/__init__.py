@@ -234,7 +234,17 @@ def run_name(source):
     above, name = os.path.split(os.path.abspath(os.path.dirname(source) if source.endswith('.pt') else source))
     return f'{os.path.basename(above)}_{name}' if re.fullmatch(r'seed\d+', name) else name
 
-# ----------------------------------------------------------------------------- processes
+# ----------------------------------------------------------------------------- devices, processes
+
+def find_device(device):
+    """'auto', 'cpu', 'cuda' or 'cuda:1' -> where to run; auto is the GPU if there is one. ValueError for others."""
+    import torch
+    if device not in ('auto', 'cpu') and not device.startswith('cuda'):
+        raise ValueError(f"device={device!r} must be 'auto', 'cpu' or 'cuda'")
+    there = torch.cuda.is_available()
+    if device.startswith('cuda') and not there:
+        raise ValueError(f'device={device}, but torch sees no GPU: take --device=cpu')
+    return ('cuda' if there else 'cpu') if device == 'auto' else device
 
 
 def join_processes(device):

@@ -257,6 +257,7 @@ def test_mistakes(tmp_path):
                           ([source, f'--data_dir={tmp_path}'], 'no text at'),
                           ([source, f'--curves={tmp_path}'], 'has no log.csv'),
                           ([source, f'--curves={tmp_path}/new'], 'has no finished steps yet'),
-                          ([source, '--device=gpu'], "must be at least 0, and device='gpu'")]:
+                          ([source, '--device=gpu'], "device='gpu' must be 'auto'"),
+                          ([source, '--seed=-1'], 'seed=-1 must be at least 0')]:
         stderr = command(tmp_path, *args, fails=True)
         assert message in stderr and stderr.count('\n') == 1 and stderr.startswith('analyze.py: error: '), stderr

@@ -40,6 +40,17 @@ def test_two_runs_do_not_share_a_name():
     assert config.run_name('last.pt') == os.path.basename(os.getcwd())
 
 
+def test_devices(monkeypatch):
+    for there, auto in ((False, 'cpu'), (True, 'cuda')):
+        monkeypatch.setattr(torch.cuda, 'is_available', lambda: there)
+        assert config.find_device('auto') == auto and config.find_device('cpu') == 'cpu'
+    assert config.find_device('cuda:1') == 'cuda:1'
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    for device, message in (('gpu', "device='gpu' must be 'auto'"), ('cuda:1', 'device=cuda:1, but torch sees no GPU')):
+        with pytest.raises(ValueError, match=message):
+            config.find_device(device)
+
+
 @pytest.mark.parametrize('argument, message', [
     ('--max_step=3', "did you mean 'max_steps'"), ('--zzz=3', 'unknown setting'), ('--max_steps=1.5', 'takes int'),
     ('--max_steps=many', "takes int .* not str 'many'"), ('--skip=1', 'takes bool'), ('--betas=0.9', 'takes list'),
