@@ -270,7 +270,7 @@ if fsdp:  # each chunk is gathered when it runs; every tensor is cut along its l
     register_fsdp_forward_method(raw, 'features')  # evaluation calls it
     warnings.filterwarnings('ignore', 'FSDP2-wrapped module .* returned a view')  # nothing is done in place on it
 elif world > 1:
-    model = DistributedDataParallel(model, device_ids=None if device == 'cpu' else [device], broadcast_buffers=False)
+    model = DistributedDataParallel(model, device_ids=None if device == 'cpu' else [device])
 optimizer = torch.optim.AdamW(raw.param_groups(weight_decay), lr=learning_rate, betas=(beta1, beta2), fused=True)
 
 # ----------------------------------------------------------------------------- learning rate, evaluation, checkpoints
