@@ -519,8 +519,7 @@ def main():
             f.write(table.encode())
         say(f'\n{table}\n{folder}/results.md')
     if world > 1:
-        dist.barrier()  # gloo aborts a rank that leaves while another still talks to it
-        dist.destroy_process_group()
+        config.leave_processes()
 
 
 if __name__ == '__main__':

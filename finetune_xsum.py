@@ -497,5 +497,4 @@ if is_main:
     say(f'\n{report}\n{out_dir}: results.md, results.json, and of each seed {"last.pt, log.csv and " * bool(epochs)}'
         'summaries.jsonl')
 if world > 1:
-    dist.barrier()  # gloo aborts a rank that leaves while another still talks to it
-    dist.destroy_process_group()
+    config.leave_processes()

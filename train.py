@@ -526,5 +526,4 @@ memory = (1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if device ==
 say(f'{step - first_step} steps in {clock(time.time() - started)}; best validation loss {best_loss:.4f}; '
     f'peak memory {memory / 2**30:.2f} GiB' + (' per process' if world > 1 else ''))
 if world > 1:
-    dist.barrier()  # gloo aborts a rank that leaves while another still talks to it
-    dist.destroy_process_group()
+    config.leave_processes()

@@ -47,8 +47,7 @@ def write_data(folder, tokens, vocab_size=257):
 
 
 def command(script, *args, ranks=1):
-    launch = ['-m', 'torch.distributed.run', '--standalone', '--max_restarts=2',  # of a busy machine's gloo
-              f'--nproc_per_node={ranks}'] if ranks > 1 else []
+    launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks > 1 else []
     return [sys.executable, *launch, script, *map(str, args)]
 
 
