@@ -15,7 +15,7 @@ import torch
 
 import config
 from tests import fuzz, kill
-from tests.test_train import SYSTEMS
+from tests.test_train import SYSTEMS, command
 
 BASE = [*kill.TINY, '--log_every=1', '--eval_every=4', '--max_steps=16', '--batch_size=8', '--micro_batch=2']
 RESUME = ['--init_from=resume']
@@ -168,6 +168,26 @@ def test_a_process_that_dies_is_started_again_by_torchrun(whole_2, phase_two, tm
     assert agent.wait() == 0, output.read_text()
     assert len(re.findall('weights at step', output.read_text())) == 2
     assert kill.differences(whole_2, out) == []
+
+
+def test_a_thread_that_is_still_at_work_does_not_abort_processes_that_are_done(tmp_path):
+    """As one of gloo's may be: it asks for an interpreter that is no more."""
+    (tmp_path / 'script.py').write_text("""
+import threading, torch
+import config
+config.join_processes('cpu')
+def work():
+    a = torch.randn(100)
+    while True:
+        a + a
+for _ in range(3):
+    threading.Thread(target=work, daemon=True).start()
+print('all done')
+config.leave_processes()
+""")
+    done = subprocess.run(command(tmp_path / 'script.py', ranks=2), cwd=config.ROOT, capture_output=True, text=True,
+                          env={**ENV, 'PYTHONPATH': config.ROOT})
+    assert done.returncode == 0 and done.stdout.count('all done') == 2, done.stderr
 
 
 def test_a_restart_does_not_take_up_the_run_that_was_to_be_overwritten(whole, phase_two, tmp_path, monkeypatch):
