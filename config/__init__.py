@@ -267,7 +267,7 @@ def leave_processes():
     """The last call of a script that joined others: wait for them, then end this process, with status 0.
 
     It ends without Python's own clearing up: gloo's threads live on in it, and one that lets go of a tensor while the
-    interpreter is taken down aborts the process, though all its work is done (github.com/pytorch/pytorch/issues/190489).
+    interpreter is taken down aborts the process, though its work is done (github.com/pytorch/pytorch/issues/190489).
     """
     import torch.distributed as dist
     dist.barrier()  # who leaves while another still talks to it is an error to that one
