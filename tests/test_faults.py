@@ -15,11 +15,10 @@ import torch
 
 import config
 from tests import fuzz, kill
-from tests.test_train import SYSTEMS, command
+from tests.test_train import ENV, SYSTEMS, command
 
 BASE = [*kill.TINY, '--log_every=1', '--eval_every=4', '--max_steps=16', '--batch_size=8', '--micro_batch=2']
 RESUME = ['--init_from=resume']
-ENV = {**os.environ, 'OMP_NUM_THREADS': '1'}
 
 
 @pytest.fixture(scope='module')
