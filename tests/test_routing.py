@@ -1,12 +1,14 @@
 """The fast paths against the slow ones: merged q, k, v, grouped products, checkpointing, the loss in parts."""
+import contextlib
 import itertools
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model as model_py
-from model import GPT, Cache, MoMConfig, few_rows, subsets
+from model import GPT, Cache, MoMConfig, Router, few_rows, subsets
 from tests.test_model import stir, tiny
 from tests.test_phi import SYSTEMS, build
 
@@ -100,6 +102,34 @@ def test_the_grouped_path_compiles_without_graph_breaks(name, monkeypatch):
     assert torch.allclose(loss, want, rtol=1e-5)
     loss.backward()
     assert all(p.grad is not None for p in model.parameters())
+
+
+@pytest.mark.parametrize('name', ALL)
+def test_a_gpu_s_kernel_would_take_its_inputs(name, monkeypatch):
+    """What F.grouped_mm asks for on a GPU, its types, strides and alignment, forward and backward: that of the CPU takes
+    anything, but tensors without data, device 'meta', are looked at as a GPU's are."""
+    monkeypatch.setattr(model_py, 'grouped_dtype', lambda x: torch.bfloat16)
+    monkeypatch.setattr(torch, 'autocast', lambda *a, **kw: contextlib.nullcontext())  # there is none for 'meta'
+    with torch.device('meta'):
+        model = GPT(tiny(**{**ALL[name], 'n_embd': 64})).train()
+        idx = torch.zeros(3, 16, dtype=torch.int64)
+    model(idx, idx, want_logits=False)[1].backward()
+    assert all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+@pytest.mark.parametrize('router', ['gru', 'mlp'])
+def test_a_gpu_s_graph_does_not_break_at_a_router(router):
+    """It does at torch's own GRU kernel, which cannot say without running what shapes it returns."""
+    made = Router(tiny(K=2, router=router), E=5, H=2)
+    torch._dynamo.reset()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+        for module in made.modules():
+            for name, p in list(module.named_parameters(recurse=False)):
+                setattr(module, name, torch.nn.Parameter(torch.empty(p.shape, device='cuda')))
+        graph = torch.compile(made, backend='eager', fullgraph=True)
+        x = torch.empty(64, 16, device='cuda')
+        r, s = graph(x, None, 0)
+        assert r.shape == (64, 5) and graph(x, s, 1)[0].device.type == 'cuda'
 
 
 def test_gradients_of_vectors_are_summed_in_full_precision(monkeypatch):
