@@ -288,8 +288,8 @@ class Router(nn.Module):
 
 
 def gru(cell, x, s):
-    """torch.nn.GRUCell for inputs x (M, C) and states s (M, R) or None. Written out where torch's own is in the way: its
-    kernel on a GPU breaks torch.compile's graph (pytorch issue 191153); for few rows in decoding see few_rows."""
+    """torch.nn.GRUCell for inputs x (M, C) and states s (M, R) or None. Written out where torch's own is in the way:
+    its kernel on a GPU breaks torch.compile's graph (pytorch issue 191153); for few rows in decoding see few_rows."""
     if not torch.compiler.is_compiling() and (len(x) > 16 or torch.is_grad_enabled()):
         return cell(x, s)
     i_reset, i_update, i_new = (few_rows(x, cell.weight_ih.t()) + cell.bias_ih).chunk(3, dim=-1)

@@ -106,7 +106,7 @@ def test_the_grouped_path_compiles_without_graph_breaks(name, monkeypatch):
 
 @pytest.mark.parametrize('name', ALL)
 def test_a_gpu_s_kernel_would_take_its_inputs(name, monkeypatch):
-    """What F.grouped_mm asks for on a GPU, its types, strides and alignment, forward and backward: that of the CPU takes
+    """What F.grouped_mm asks for on a GPU, its types, strides and alignment, forward and backward: on the CPU it takes
     anything, but tensors without data, device 'meta', are looked at as a GPU's are."""
     monkeypatch.setattr(model_py, 'grouped_dtype', lambda x: torch.bfloat16)
     monkeypatch.setattr(torch, 'autocast', lambda *a, **kw: contextlib.nullcontext())  # there is none for 'meta'
