@@ -505,19 +505,21 @@ def write_report():
         save_figure(fig, 'fig3')
     if 'fig4' in chosen:
         fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout='constrained')
-        axes[0].set(xlabel='H', ylabel='validation loss, nats per token, seed 1', xticks=range(1, 7))
+        axes[0].set(xlabel='H', ylabel='loss from GPT-2 continued, nats per token', xticks=range(1, 7))
+        axes[0].axhline(0, color='k', ls='--')
         axes[1].set(xlabel='PFLOPs of phase two', xscale='log')
-        for K in range(1, 5):
-            if there := {H: r for H in range(1, 7) if (r := record(grid[K, H], 1))}:
-                for ax, x in zip(axes, (list(there), [r['pflops'] for r in there.values()])):
-                    ax.plot(x, [r['loss'] for r in there.values()], 'o-', label=f'K = {K}')  # of seed 1, which all have
-        if there := [r for name in budgets if (r := record(name, 1))]:
-            axes[1].plot([r['pflops'] for r in there], [r['loss'] for r in there], 'ks--', label='GPT-2 continued')
-        if r := record('first_layers', 1):
-            axes[1].plot(r['pflops'], r['loss'], 'kx', label='first layers only')
-        if base := record('vanilla', 1):
-            axes[0].axhline(base['loss'], color='k', ls='--')
-        if axes[1].lines:
+        drawn = [*((f'K = {K}', 'o-', [grid[K, H] for H in range(1, 7)]) for K in range(1, 5)),
+                 ('GPT-2 continued', 'ks--', budgets), ('first layers only', 'kx', ['first_layers'])]
+        for label, style, names in drawn:
+            away = [(0, 0) if name == 'vanilla' else contrast({name: 1, 'vanilla': -1}) for name in names]
+            points = [(H, r['pflops'], d[0], d[1] or 0) for H, (name, d) in enumerate(zip(names, away), 1)
+                      if d and (r := record(name, 1))]
+            if points:  # differences seed by seed, with their standard error where there are several
+                H, pflops, away, error = zip(*points)
+                axes[1].errorbar(pflops, away, error, fmt=style, capsize=2, label=label)
+                if label.startswith('K ='):
+                    axes[0].errorbar(H, away, error, fmt=style, capsize=2)
+        if axes[1].containers:
             axes[1].legend()
         save_figure(fig, 'fig4')
     if 'fig5' in chosen:

@@ -1,0 +1,169 @@
+"""Runs Python as on an H100, on a machine without a GPU: CUDA's calls are answered, and compute nothing.
+
+  python tests/dry_gpu.py train.py config/mom_demo.py --device=cuda --compile=True
+  python tests/dry_gpu.py bench.py train config/mom_large_k2h6s.py --n_embd=1280 --n_head=20 --micro_batch=8
+  python tests/dry_gpu.py -m pytest tests/test_gpu.py -k 'not compiles'
+
+Memory is handed out, up to the 79 GiB of an H100; copies between it and the CPU are made; kernels, of torch, cuBLAS and
+Triton alike, are not run. So it shows that every tensor is on the device, and of a type and shape, that the next call
+takes; that torch.compile gets through to code for an H100; and how much memory torch's allocator hands out, to the
+byte. It shows no result and no time. Losses are 0 or garbage, and what goes by values read from the device may break
+off, such as the loop over modules (all but bfloat16) and xsum's summaries.
+
+Needs, in the environment that runs it, a CUDA build of torch (2.12.1 was tried), and gcc and nm.
+"""
+import glob
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+FOLDER = os.path.join(ROOT, 'out', 'dry_gpu')
+
+# Calls that return more than "done" (0). What an H100 says of itself is from its data sheet.
+ANSWERS = r'''
+#include <driver_types.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#define GIB ((size_t)1 << 30)
+static struct { void *p; size_t n; } lent[1 << 16];
+static size_t held;
+
+int cudaMalloc(void **p, size_t n) {  // zeros, which take no memory of ours until something is copied there
+  *p = NULL;
+  for (int i = 0; i < 1 << 16 && held + n <= 79 * GIB; i++)
+    if (!lent[i].p) {
+      *p = mmap(NULL, n, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+      if (*p == MAP_FAILED) break;
+      lent[i].p = *p, lent[i].n = n, held += n;
+      return 0;
+    }
+  return cudaErrorMemoryAllocation;
+}
+int cudaFree(void *p) {
+  for (int i = 0; p && i < 1 << 16; i++)
+    if (lent[i].p == p) munmap(p, lent[i].n), held -= lent[i].n, lent[i].p = NULL;
+  return 0;
+}
+int cudaMemGetInfo(size_t *rest, size_t *all) { *all = 79 * GIB; *rest = *all - held; return 0; }
+int cudaHostAlloc(void **p, size_t n, unsigned flags) { *p = calloc(1, n); return 0; }
+int cudaFreeHost(void *p) { free(p); return 0; }
+int cudaMemcpy(void *to, const void *from, size_t n, int kind) { memcpy(to, from, n); return 0; }
+int cudaMemcpyAsync(void *to, const void *from, size_t n, int kind, void *stream) {
+  if (kind != cudaMemcpyDeviceToDevice) memcpy(to, from, n);
+  return 0;
+}
+int cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void *p) { memset(a, 0, sizeof *a); return 0; }
+
+int cudaGetDeviceCount(int *n) { *n = 1; return 0; }
+int cudaGetDevice(int *n) { *n = 0; return 0; }
+int cudaDriverGetVersion(int *n) { *n = 13000; return 0; }
+int cudaRuntimeGetVersion(int *n) { *n = 13000; return 0; }
+int cudaDeviceGetPCIBusId(char *s, int n, int device) { strncpy(s, "0000:01:00.0", n); return 0; }
+int cudaGetDeviceProperties(struct cudaDeviceProp *p, int device) {
+  memset(p, 0, sizeof *p);
+  strcpy(p->name, "none (dry run of an H100)");
+  p->major = 9, p->totalGlobalMem = 79 * GIB, p->multiProcessorCount = 132, p->l2CacheSize = 50 << 20;
+  p->warpSize = 32, p->maxThreadsPerBlock = 1024, p->maxThreadsPerMultiProcessor = 2048;
+  p->sharedMemPerBlock = 48 << 10, p->sharedMemPerBlockOptin = 227 << 10, p->sharedMemPerMultiprocessor = 228 << 10;
+  p->regsPerBlock = p->regsPerMultiprocessor = 64 << 10;
+  p->maxThreadsDim[0] = p->maxThreadsDim[1] = 1024, p->maxThreadsDim[2] = 64;
+  p->maxGridSize[0] = 2147483647, p->maxGridSize[1] = p->maxGridSize[2] = 65535;
+  return 0;
+}
+int cudaDeviceGetAttribute(int *n, int attribute, int device) {
+  struct cudaDeviceProp p;
+  cudaGetDeviceProperties(&p, device);
+  *n = attribute == cudaDevAttrComputeCapabilityMajor ? p.major
+     : attribute == cudaDevAttrComputeCapabilityMinor ? 0
+     : attribute == cudaDevAttrMultiProcessorCount ? p.multiProcessorCount
+     : attribute == cudaDevAttrWarpSize ? 32
+     : attribute == cudaDevAttrMaxSharedMemoryPerBlockOptin ? (int)p.sharedMemPerBlockOptin
+     : attribute == cudaDevAttrMaxSharedMemoryPerMultiprocessor ? (int)p.sharedMemPerMultiprocessor
+     : attribute == cudaDevAttrMaxThreadsPerMultiProcessor ? p.maxThreadsPerMultiProcessor
+     : attribute == cudaDevAttrMaxRegistersPerBlock ? p.regsPerBlock
+     : attribute == cudaDevAttrMaxRegistersPerMultiprocessor ? p.regsPerMultiprocessor : 1024;
+  return 0;
+}
+int cuDeviceGetAttribute(int *n, int attribute, int device) { return cudaDeviceGetAttribute(n, attribute, device); }
+int cudaFuncGetAttributes(struct cudaFuncAttributes *a, const void *f) {
+  memset(a, 0, sizeof *a);
+  a->maxThreadsPerBlock = 1024, a->numRegs = 32, a->ptxVersion = a->binaryVersion = 90;
+  return 0;
+}
+int cuFuncGetAttribute(int *n, int attribute, void *f) {
+  *n = attribute == 0 ? 1024 : attribute == 4 ? 32 : 0;  // threads in a block, registers
+  return 0;
+}
+int cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(int *n) { *n = 1; return 0; }
+int cuOccupancyMaxActiveBlocksPerMultiprocessor(int *n) { *n = 1; return 0; }
+int cuOccupancyMaxActiveClusters(int *n) { *n = 1; return 0; }
+
+int cudaStreamIsCapturing(void *stream, int *n) { *n = 0; return 0; }
+int cudaStreamGetCaptureInfo(void *stream, int *n) { *n = 0; return 0; }
+int cudaStreamGetPriority(void *stream, int *n) { *n = 0; return 0; }
+int cudaDeviceGetStreamPriorityRange(int *least, int *most) { *least = 0; *most = -1; return 0; }
+int cudaEventElapsedTime(float *ms) { *ms = 1; return 0; }
+const char *cudaGetErrorName(int error) { return error ? "out of memory" : "no error"; }
+const char *cudaGetErrorString(int error) { return cudaGetErrorName(error); }
+static int done(void) { return 0; }
+int cudaGetDriverEntryPointByVersion(const char *name, void **f, unsigned v, unsigned long long flags, int *found) {
+  *f = done;
+  if (found) *found = 0;
+  return 0;
+}
+
+int cuDeviceGetCount(int *n) { *n = 1; return 0; }
+int cuDeviceGet(int *device, int n) { *device = n; return 0; }
+int cuDriverGetVersion(int *n) { *n = 13000; return 0; }
+int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = 1; return 0; }
+int cuPointerGetAttribute(void **to, int attribute, void *p) { *to = p; return 0; }
+int cuGetErrorString(int error, const char **s) { *s = "error"; return 0; }
+
+int cublasLtMatmulAlgoGetHeuristic(void *a, void *b, void *c, void *d, void *e, void *f, void *g, int wanted,
+                                   void *results, int *n) {
+  memset(results, 0, 96);  // one cublasLtMatmulHeuristicResult_t
+  *n = 1;
+  return 0;
+}
+int cublasGetMathMode(void *handle, int *n) { *n = 0; return 0; }
+int cublasGetPointerMode_v2(void *handle, int *n) { *n = 0; return 0; }
+size_t cublasLtGetVersion(void) { return 130000; }
+size_t cudnnGetVersion(void) { return 0; }  // too old for attention: torch takes its own kernels
+'''
+HANDLES = ('cudaEventCreate cudaEventCreateWithFlags cudaStreamCreate cudaStreamCreateWithPriority cublasCreate_v2 '
+           'cublasLtMatmulDescCreate cublasLtMatmulPreferenceCreate cublasLtMatrixLayoutCreate cuCtxGetCurrent '
+           'cuDevicePrimaryCtxRetain cuModuleLoad cuModuleLoadData cuModuleLoadDataEx cuModuleGetFunction').split()
+
+
+def build(torch_folder, headers):
+    """FOLDER/libcuda.so.1, with the driver's, the runtime's and cuBLAS's calls that torch and Triton may make."""
+    called = set()
+    for library in ('libc10_cuda.so', 'libtorch_cuda.so', 'libtorch_python.so'):
+        symbols = subprocess.run(['nm', '-D', '--undefined-only', os.path.join(torch_folder, 'lib', library)],
+                                 check=True, capture_output=True, text=True).stdout
+        called |= set(re.findall(r' U (cuda[A-Z]\w+|cublas[A-Z]\w+)', symbols))
+    with open(os.path.join(headers, 'cuda.h'), encoding='utf-8', errors='replace') as f:
+        called |= set(re.findall(r'\bcu[A-Z]\w+', f.read()))
+    called -= set(re.findall(r'\b(cu[a-zA-Z]\w+)\(', ANSWERS))
+    code = [ANSWERS, *(f'int {f}(void **to) {{ *to = malloc(64); return 0; }}' for f in HANDLES),
+            *(f'int {f}() {{ return 0; }}' for f in sorted(called - set(HANDLES)))]
+    os.makedirs(FOLDER, exist_ok=True)
+    with open(os.path.join(FOLDER, 'cuda.c'), 'w') as f:
+        f.write('\n'.join(code))
+    subprocess.run(['gcc', '-shared', '-fPIC', '-w', '-I', headers, '-Wl,-soname,libcuda.so.1',
+                    '-o', os.path.join(FOLDER, 'libcuda.so.1'), os.path.join(FOLDER, 'cuda.c')], check=True)
+
+
+if len(sys.argv) < 2:
+    sys.exit(__doc__)
+torch_folder = find_spec('torch').submodule_search_locations[0]
+headers = os.path.join(os.path.dirname(torch_folder), 'triton', 'backends', 'nvidia', 'include')
+if not glob.glob(os.path.join(torch_folder, 'lib', 'libtorch_cuda.so')) or not os.path.isdir(headers):
+    sys.exit(f'{torch_folder} is no CUDA build of torch: make an environment with one (pip install torch==2.12.1)')
+build(torch_folder, headers)
+os.execve(sys.executable, [sys.executable, *sys.argv[1:]], {
+    **os.environ, 'LD_PRELOAD': os.path.join(FOLDER, 'libcuda.so.1'), 'LD_LIBRARY_PATH': FOLDER})
