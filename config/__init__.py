@@ -259,7 +259,8 @@ def join_processes(device):
         # Its store outlives the processes: without keys of their own, those that it starts again may find the addresses
         # of the dead (github.com/pytorch/pytorch/issues/135712). On several machines the counts of restarts can differ.
         store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
-    dist.init_process_group('gloo' if device == 'cpu' else 'nccl', store=store, rank=rank, world_size=world)
+    dist.init_process_group('gloo' if device == 'cpu' else 'nccl', store=store, rank=rank, world_size=world,
+                            device_id=None if device == 'cpu' else torch.device(device))
     return device
 
 

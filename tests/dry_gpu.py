@@ -2,13 +2,14 @@
 
   python tests/dry_gpu.py train.py config/mom_demo.py --device=cuda --compile=True
   python tests/dry_gpu.py bench.py train config/mom_large_k2h6s.py --n_embd=1280 --n_head=20 --micro_batch=8
+  python tests/dry_gpu.py -m torch.distributed.run --nproc_per_node=2 train.py config/mom_medium_k2h6s.py ...
   python tests/dry_gpu.py -m pytest tests/test_gpu.py -k 'not compiles'
 
-Memory is handed out, up to the 79 GiB of an H100; copies between it and the CPU are made; kernels, of torch, cuBLAS and
-Triton alike, are not run. So it shows that every tensor is on the device, and of a type and shape, that the next call
-takes; that torch.compile gets through to code for an H100; and how much memory torch's allocator hands out, to the
-byte. It shows no result and no time. Losses are 0 or garbage, and what goes by values read from the device may break
-off, such as the loop over modules (all but bfloat16) and xsum's summaries.
+Memory is handed out, up to the 79 GiB of an H100, of which there are 8; copies between it and the CPU are made; kernels
+of torch, cuBLAS, NCCL and Triton are not run. So it shows that every tensor is on the device, and of a type and shape,
+that the next call takes; that torch.compile gets through to code for an H100; and how much memory torch's allocator
+hands out, to the byte. It shows no result and no time. Losses are 0 or garbage, and what goes by values read from the
+device may break off, such as the loop over modules (all but bfloat16) and XSUM's summaries.
 
 Needs, in the environment that runs it, a CUDA build of torch (2.12.1 was tried), and gcc and nm.
 """
@@ -53,13 +54,15 @@ int cudaHostAlloc(void **p, size_t n, unsigned flags) { *p = calloc(1, n); retur
 int cudaFreeHost(void *p) { free(p); return 0; }
 int cudaMemcpy(void *to, const void *from, size_t n, int kind) { memcpy(to, from, n); return 0; }
 int cudaMemcpyAsync(void *to, const void *from, size_t n, int kind, void *stream) {
-  if (kind != cudaMemcpyDeviceToDevice) memcpy(to, from, n);
+  if (kind != cudaMemcpyDeviceToDevice || n < 1 << 20) memcpy(to, from, n);  // large ones would take our memory
   return 0;
 }
 int cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void *p) { memset(a, 0, sizeof *a); return 0; }
 
-int cudaGetDeviceCount(int *n) { *n = 1; return 0; }
-int cudaGetDevice(int *n) { *n = 0; return 0; }
+static __thread int current;
+int cudaGetDeviceCount(int *n) { *n = 8; return 0; }
+int cudaGetDevice(int *n) { *n = current; return 0; }
+int cudaSetDevice(int n) { current = n; return 0; }
 int cudaDriverGetVersion(int *n) { *n = 13000; return 0; }
 int cudaRuntimeGetVersion(int *n) { *n = 13000; return 0; }
 int cudaDeviceGetPCIBusId(char *s, int n, int device) { strncpy(s, "0000:01:00.0", n); return 0; }
@@ -116,7 +119,7 @@ int cudaGetDriverEntryPointByVersion(const char *name, void **f, unsigned v, uns
   return 0;
 }
 
-int cuDeviceGetCount(int *n) { *n = 1; return 0; }
+int cuDeviceGetCount(int *n) { *n = 8; return 0; }
 int cuDeviceGet(int *device, int n) { *device = n; return 0; }
 int cuDriverGetVersion(int *n) { *n = 13000; return 0; }
 int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = 1; return 0; }
@@ -132,6 +135,31 @@ int cublasLtMatmulAlgoGetHeuristic(void *a, void *b, void *c, void *d, void *e, 
 int cublasGetMathMode(void *handle, int *n) { *n = 0; return 0; }
 int cublasGetPointerMode_v2(void *handle, int *n) { *n = 0; return 0; }
 size_t cublasLtGetVersion(void) { return 130000; }
+
+// Among several processes each hears itself: sums are its own share, and all gathered parts are its own.
+struct comm { int ranks, rank; };
+struct id { char bytes[128]; };
+static int bytes_of[] = {1, 1, 4, 4, 8, 8, 2, 4, 8, 2, 1, 1};  // of ncclDataType_t
+int ncclCommInitRankConfig(struct comm **c, int ranks, struct id id, int rank, void *config) {
+  *c = malloc(sizeof **c);
+  (*c)->ranks = ranks, (*c)->rank = rank;
+  return 0;
+}
+int ncclCommInitRank(struct comm **c, int ranks, struct id id, int rank) {
+  return ncclCommInitRankConfig(c, ranks, id, rank, NULL);
+}
+int ncclCommCount(struct comm *c, int *n) { *n = c->ranks; return 0; }
+int ncclCommUserRank(struct comm *c, int *n) { *n = c->rank; return 0; }
+int ncclCommGetAsyncError(struct comm *c, int *error) { *error = 0; return 0; }
+int ncclGetVersion(int *n) { *n = 22800; return 0; }
+const char *ncclGetErrorString(int error) { return "error"; }
+const char *ncclGetLastError(struct comm *c) { return "error"; }
+int ncclAllReduce(const void *from, void *to, size_t n, int type) { memmove(to, from, n * bytes_of[type]); return 0; }
+int ncclBroadcast(const void *from, void *to, size_t n, int type) { memmove(to, from, n * bytes_of[type]); return 0; }
+int ncclAllGather(const void *from, void *to, size_t n, int type, struct comm *c, void *stream) {
+  for (int i = 0; i < c->ranks; i++) memmove((char *)to + i * n * bytes_of[type], from, n * bytes_of[type]);
+  return 0;
+}
 size_t cudnnGetVersion(void) { return 0; }  // too old for attention: torch takes its own kernels
 '''
 HANDLES = ('cudaEventCreate cudaEventCreateWithFlags cudaStreamCreate cudaStreamCreateWithPriority cublasCreate_v2 '
@@ -140,15 +168,15 @@ HANDLES = ('cudaEventCreate cudaEventCreateWithFlags cudaStreamCreate cudaStream
 
 
 def build(torch_folder, headers):
-    """FOLDER/libcuda.so.1, with the driver's, the runtime's and cuBLAS's calls that torch and Triton may make."""
+    """FOLDER/libcuda.so.1: those calls of the driver, the runtime, cuBLAS and NCCL that torch and Triton may make."""
     called = set()
     for library in ('libc10_cuda.so', 'libtorch_cuda.so', 'libtorch_python.so'):
         symbols = subprocess.run(['nm', '-D', '--undefined-only', os.path.join(torch_folder, 'lib', library)],
                                  check=True, capture_output=True, text=True).stdout
-        called |= set(re.findall(r' U (cuda[A-Z]\w+|cublas[A-Z]\w+)', symbols))
+        called |= set(re.findall(r' U (cuda[A-Z]\w+|cublas[A-Z]\w+|nccl[A-Z]\w+)', symbols))
     with open(os.path.join(headers, 'cuda.h'), encoding='utf-8', errors='replace') as f:
         called |= set(re.findall(r'\bcu[A-Z]\w+', f.read()))
-    called -= set(re.findall(r'\b(cu[a-zA-Z]\w+)\(', ANSWERS))
+    called -= set(re.findall(r'\b((?:cu|nccl)[a-zA-Z]\w+)\(', ANSWERS))
     code = [ANSWERS, *(f'int {f}(void **to) {{ *to = malloc(64); return 0; }}' for f in HANDLES),
             *(f'int {f}() {{ return 0; }}' for f in sorted(called - set(HANDLES)))]
     os.makedirs(FOLDER, exist_ok=True)
