@@ -160,7 +160,7 @@ def instead(chunk, kind, x, h, c, rows, decide):
         return fixed[h]
     ids, weights = (t.to(x.device) for t in decide((c, kind, h), rows))
     all_of_them = ids.size(1) == N + chunk.cfg.skip
-    plan = None if all_of_them else sort_rows(ids.flatten(), N, grouped_dtype(x) is not None)
+    plan = None if all_of_them else sort_rows(ids, N, grouped_dtype(x) is not None)
     return Decision(kind, h, N, ids, weights, plan, None)
 
 

@@ -196,13 +196,22 @@ def ffn_pool(stored, N, C):
 def norm(m, x, plan=None):  # each module has its own LayerNorm ("Add & Norm" belongs to the module)
     if plan is None:
         return F.layer_norm(x, x.shape[-1:], m.ln_w, m.ln_b, eps=1e-5)
-    return F.layer_norm(x, x.shape[-1:], eps=1e-5) * of_rows(m.ln_w, plan) + of_rows(m.ln_b, plan)
+    return F.layer_norm(x, x.shape[-1:], eps=1e-5) * OfRows.apply(m.ln_w, plan) + OfRows.apply(m.ln_b, plan)
 
 
-def of_rows(vectors, plan):
-    """(G, D) -> (R, D): of each row its group's vector. Their gradients are sums over thousands of rows: an embedding's
-    are added up in fp32, as the vectors are, and in segments; those of indexing, vectors[group], one row at a time."""
-    return F.embedding(plan.group, vectors)
+class OfRows(torch.autograd.Function):
+    """vectors (G, D), plan -> (R, D): of each row its group's vector. The gradient sums thousands of rows, in the type of
+    the vectors, fp32: as one product. Indexing would add one row after another, an embedding launch 31 kernels."""
+
+    @staticmethod
+    def forward(ctx, vectors, plan):
+        ctx.save_for_backward(plan.member)
+        return vectors.index_select(0, plan.group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        member, = ctx.saved_tensors
+        return member.to(grad.dtype) @ grad, None
 
 
 def few_rows(x, w):
@@ -227,7 +236,7 @@ def linear(x, w, b, plan=None):
     # F.grouped_mm leaves the rows past its last group uninitialised, in its output and in the gradient of its input,
     # and 0 * nan is nan: they are masked on both sides, never multiplied by 0.
     y = F.grouped_mm(x.to(w.dtype).masked_fill(plan.idle, 0), w, offs=plan.ends)
-    return (y + of_rows(b, plan).to(y.dtype)).masked_fill(plan.idle, 0)
+    return y.add_(OfRows.apply(b, plan)).masked_fill_(plan.idle, 0)
 
 
 def qkv_in(m, x, plan=None):  # (M, C) -> (M, 3C): the q, k and v that attention module m makes
@@ -329,10 +338,10 @@ def balance_loss(r, ids, tau):
 # What a router decided for M tokens at one step. kind: 'A' attention, 'F' feed-forward, 'T' which tokens (MoD).
 # ids (M, K), where N is SKIP; weights (M, K); plan: how the M*K assignments sort by module, see assemble; aux: a loss.
 Decision = namedtuple('Decision', 'kind step N ids weights plan aux')
-# R rows sorted by group. order (R,): sorted row -> row; inverse: row -> sorted row. Then either sizes, a list: the rows
-# of each group, and last those of no group; or, if only the device knows them, the group of each sorted row (R,), where
-# each group ends (G,), and which sorted rows are in no group (R, 1).
-Plan = namedtuple('Plan', 'order inverse sizes group ends idle')
+# R rows sorted by group. token (R,): sorted row -> the token it is of; inverse: row -> sorted row. Then either sizes, a
+# list: the rows of each group, and last those of no group; or, if only the device knows them, the group of each sorted
+# row (R,), the same as a matrix of 0 and 1 (G, R), where each group ends (G,), and which rows are in no group (R, 1).
+Plan = namedtuple('Plan', 'token inverse sizes group member ends idle')
 
 
 def has_grouped_mm(device, C):
@@ -351,15 +360,18 @@ def grouped_dtype(x):
 
 
 def sort_rows(group, G, on_device):
-    """Sort rows by group (R,) int64, where G stands for no group -> Plan. on_device: leave the sizes there."""
-    order = group.argsort(stable=True)
+    """Sort rows by group (M, K) int64, K rows of each token, where G stands for no group -> Plan. on_device: leave the
+    sizes there."""
+    K = group.size(1)
+    group, order = group.flatten().short().sort(stable=True)  # a GPU sorts a few bits at a time: of 64, in 21 kernels
     inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    sizes = (group == torch.arange(G, device=group.device).unsqueeze(1)).sum(1)
+    groups = torch.arange(G, dtype=group.dtype, device=group.device)
+    ends = torch.searchsorted(group, groups, right=True, out_int32=True)
     if on_device:
-        group = group[order]
-        return Plan(order, inverse, None, group.clamp(max=G - 1), sizes.cumsum(0).int(), (group == G).unsqueeze(1))
-    sizes = sizes.tolist()
-    return Plan(order, inverse, [*sizes, len(order) - sum(sizes)], None, None, None)
+        member = (group == groups.unsqueeze(1)).float()
+        return Plan(order // K, inverse, None, group.clamp(max=G - 1).int(), member, ends, (group == G).unsqueeze(1))
+    ends = [0, *ends.tolist(), len(order)]
+    return Plan(order // K, inverse, [end - start for start, end in itertools.pairwise(ends)], *[None] * 4)
 
 
 def by_group(fn, pool, x, plan, width):
@@ -394,7 +406,7 @@ def assemble(fn, pool, x, d, weighted):
         y = [fn(modules[i], x) * d.weights[:, k:k + 1].to(x.dtype) if weighted else fn(modules[i], x)
              for k, i in enumerate(d.plan) if i < d.N]
         return sum(y) if y else x.new_zeros(1, width)
-    y = by_group(fn, pool, x.index_select(0, d.plan.order // K), d.plan, width)
+    y = by_group(fn, pool, x.index_select(0, d.plan.token), d.plan, width)
     y = y.index_select(0, d.plan.inverse).view(len(x), K, -1)
     return (y * d.weights.unsqueeze(-1).to(y.dtype) if weighted else y).sum(1)
 
@@ -492,7 +504,7 @@ class Chunk(nn.Module):
         elif len(x) == 1 and not on_device and not torch.is_grad_enabled():
             plan = ids[0].tolist()
         else:
-            plan = sort_rows(ids.flatten(), N, on_device)
+            plan = sort_rows(ids, N, on_device)
         return Decision(kind, h, N, ids, weights, plan, aux)
 
     def pools(self, x, keep=False):
@@ -523,9 +535,9 @@ class Chunk(nn.Module):
             return qkv_merged(merged[0][0], x)
         if isinstance(d.plan, list):
             return qkv_merged(merged[0][int(self.subset[sum(1 << i for i in d.plan if i < d.N)])], x)
-        bits = (1 << d.ids).masked_fill(d.ids == d.N, 0).sum(1)
+        bits = (1 << d.ids).masked_fill(d.ids == d.N, 0).sum(1, keepdim=True)
         plan = sort_rows(self.subset[bits], self.S, grouped_dtype(x) is not None)
-        y = by_group(qkv_merged, merged, x.index_select(0, plan.order), plan, 3 * x.size(1))
+        y = by_group(qkv_merged, merged, x.index_select(0, plan.token), plan, 3 * x.size(1))
         return y.index_select(0, plan.inverse)
 
     def steps(self, x, cache=None, first_step=0, count=None):

@@ -223,12 +223,12 @@ def test_empty_modules_and_tokens_that_skip_everything():
 
 
 def test_sort_rows():
-    group = torch.tensor([2, 0, 3, 2, 0, 1])  # G = 3: 3 is in no group
+    group = torch.tensor([[2, 0], [3, 2], [0, 1]])  # of three tokens, two rows each. G = 3: 3 is in no group
     plan = sort_rows(group, 3, on_device=False)
-    assert plan.order.tolist() == [1, 4, 5, 0, 3, 2] and plan.inverse.tolist() == [3, 0, 5, 4, 1, 2]
+    assert plan.token.tolist() == [0, 2, 2, 0, 1, 1] and plan.inverse.tolist() == [3, 0, 5, 4, 1, 2]
     assert plan.sizes == [2, 1, 2, 1]
     plan = sort_rows(group, 3, on_device=True)
-    assert plan.order.tolist() == [1, 4, 5, 0, 3, 2] and plan.group[:5].tolist() == [0, 0, 1, 2, 2]
+    assert plan.token.tolist() == [0, 2, 2, 0, 1, 1] and plan.group[:5].tolist() == [0, 0, 1, 2, 2]
     assert plan.ends.tolist() == [2, 3, 5] and plan.idle[:, 0].tolist() == [False] * 5 + [True] and plan.sizes is None
 
 
