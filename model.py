@@ -200,8 +200,8 @@ def norm(m, x, plan=None):  # each module has its own LayerNorm ("Add & Norm" be
 
 
 class OfRows(torch.autograd.Function):
-    """vectors (G, D), plan -> (R, D): of each row its group's vector. The gradient sums thousands of rows, in the type of
-    the vectors, fp32: as one product. Indexing would add one row after another, an embedding launch 31 kernels."""
+    """vectors (G, D), plan -> (R, D): of each row its group's vector. The gradient sums thousands of rows, in the type
+    of the vectors, fp32: as one product. Indexing would add one row after another, an embedding launch 31 kernels."""
 
     @staticmethod
     def forward(ctx, vectors, plan):
