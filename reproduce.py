@@ -511,8 +511,8 @@ def write_report():
         drawn = [*((f'K = {K}', 'o-', [grid[K, H] for H in range(1, 7)]) for K in range(1, 5)),
                  ('GPT-2 continued', 'ks--', budgets), ('first layers only', 'kx', ['first_layers'])]
         for label, style, names in drawn:
-            away = [(0, 0) if name == 'vanilla' else contrast({name: 1, 'vanilla': -1}) for name in names]
-            points = [(H, r['pflops'], d[0], d[1] or 0) for H, (name, d) in enumerate(zip(names, away), 1)
+            found = [(0, 0) if name == 'vanilla' else contrast({name: 1, 'vanilla': -1}) for name in names]
+            points = [(H, r['pflops'], d[0], d[1] or 0) for H, (name, d) in enumerate(zip(names, found), 1)
                       if d and (r := record(name, 1))]
             if points:  # differences seed by seed, with their standard error where there are several
                 H, pflops, away, error = zip(*points)
