@@ -1,5 +1,5 @@
 # make demo    both phases on real text in a few minutes of CPU, and what came of them
-# make systems every system of the paper, 200 steps each from the demo's phase one: 5 minutes
+# make systems every system of the paper, 200 steps each from the demo's phase one: 6 minutes
 # make reproduce    the paper's tables and figures at a small scale, hours; goes on where it stopped. ARGS="--only=table1"
 # make test    every test
 # Each makes a virtual environment and installs what it needs.
