@@ -2,7 +2,7 @@
 the paper does not have, routers that begin at the layers (`routers`).
 
   python reproduce.py                                       hours on 2 CPU cores: 8 layers, width 128, bytes
-  python reproduce.py --scale=gpu --text=books/             half an hour of one H100: 8 layers, width 512, GPT-2's BPE
+  python reproduce.py --scale=gpu --text=books/             8 layers, width 512, BPE: an H100, half an hour by count
   python reproduce.py --scale=paper --size=small            the full recipe on 8 GPUs, one of its three sizes
   python reproduce.py --only=table1,fig4 --seeds=3          some of it, with more seeds
   python reproduce.py --only=fig4 --cells=k1h1s,k1h6s       of that, some cells and their baselines
