@@ -79,6 +79,7 @@ router_dim = 256         # width of the routers' state
 router_weights = 'linear'      # 'linear' or 'softmax'
 tau = 0.2                # temperature of the softmax weights
 router_start = 'fresh'   # or 'layers'
+weigh_qkv = False        # r weighs q, k and v as well
 balance = 0.0            # coefficient of the load-balancing loss
 n_embd = 768             # width
 n_head = 12              # heads
@@ -96,7 +97,7 @@ MODES = {'runs': {'of'}, 'table1': {'of', 'size', 'k_a', 'k_f', 'measure', 'batc
          'train': SPEED | {'micro_batch', 'compile'}, 'forward': SPEED | {'micro_batch', 'compile'},
          'decode': SPEED | {'batch', 'prompt', 'new', 'hf_dtype'},
          'route': {'tokens', 'chunks', 'K', 'router', 'router_dim', 'router_weights', 'tau', 'router_start',
-                   'n_embd', 'n_head', 'block_size', 'dtype', 'repeats'},
+                   'weigh_qkv', 'n_embd', 'n_head', 'block_size', 'dtype', 'repeats'},
          'ablate': {'tokens', 'chunks', 'K', 'H', 'n_embd', 'n_head', 'block_size', 'dtype', 'repeats', 'prompt',
                     'new'},
          'scale': {'repeats', 'tokens', 'n_embd', 'dtype'}, 'saved': MODEL}

@@ -51,7 +51,8 @@ class MoMConfig:
     router_dim: int = 256           # R, the width of the router's state
     router_weights: str = 'linear'  # weight of a selected module: 'linear' = r (Eq. 5, 6), or 'softmax' of r / tau
     tau: float = 0.2                # temperature of the softmax weights
-    router_start: str = 'fresh'     # 'fresh' (the paper's), or 'layers', which restores the layers; see Router
+    router_start: str = 'fresh'     # 'fresh' (the paper's), or 'layers': phase two begins as the layers; see Router
+    weigh_qkv: bool = False         # r weighs q, k and v as well, which Eq. 5 adds up unweighted
     balance: float = 0.0            # coefficient of the load-balancing loss; the paper found that it hurts (D.2)
     n_embd: int = 768               # C
     n_head: int = 12
@@ -79,6 +80,11 @@ class MoMConfig:
             raise ValueError("router_start='layers' begins with scores of 1 for weights: it goes with phi='mom', "
                              "router='gru' or 'mlp' and router_weights='linear', not with "
                              f"phi={self.phi!r}, router={self.router!r} and router_weights={self.router_weights!r}")
+        if self.router_start == 'layers' and self.K > 1 and not self.weigh_qkv:
+            raise ValueError("router_start='layers' with K > 1 needs weigh_qkv=True: unweighted, as in Eq. 5, the "
+                             'second module that a token takes would change its q, k, v at full strength')
+        if self.weigh_qkv and self.phi != 'mom':
+            raise ValueError(f"weigh_qkv=True goes with phi='mom', not with {self.phi!r}")
         if self.tau <= 0 or self.balance < 0:
             raise ValueError(f'tau={self.tau} must be above 0, and balance={self.balance} at least 0')
         if not 0 < self.capacity <= 1:
@@ -268,7 +274,7 @@ class Router(nn.Module):
 
     router_start='layers', which is not the paper's: r = W s_h + b_h with a learned b_h for each step, which begins at 1
     for the modules whose turn it is and at 0 for all others, while W begins at a hundredth of its size. So phase two
-    begins as the model that phase one ended with, if H >= N; see Chunk.qkv for the rest of it.
+    begins as the model that phase one ended with, if H >= N. With K > 1 that needs weigh_qkv.
     """
 
     def __init__(self, cfg, E, H, N=1):
@@ -464,8 +470,7 @@ class Chunk(nn.Module):
         self.router_t = Router(cfg, 1, 1) if self.phi == 'mod' else None
         self.predictor = nn.Sequential(nn.Linear(C, R), nn.GELU(), nn.Linear(R, 1)) if self.phi == 'mod' else None
         self.S, K = 0, min(cfg.K, shape.N_A + cfg.skip)
-        self.weighted_qkv = cfg.router_start == 'layers'
-        mergeable = self.router_a and K > 1 and not self.weighted_qkv and shape.N_A <= 16
+        mergeable = self.router_a and K > 1 and not cfg.weigh_qkv and shape.N_A <= 16
         if mergeable and len(subsets(shape.N_A, K, cfg.skip)) <= MOST_SUBSETS:
             sets = subsets(shape.N_A, K, cfg.skip)
             self.S = len(sets)
@@ -526,10 +531,9 @@ class Chunk(nn.Module):
         return [one and (one, stack) for one, stack in zip(modules, stacks)]
 
     def qkv(self, attn, merged, x, d):
-        """The sums inside Eq. 5: x (M, C) -> (M, 3C). They are unweighted there; under router_start='layers' r weighs
-        them too, or else the second module that a token takes would change its q, k, v at full strength at once."""
+        """The sums inside Eq. 5: x (M, C) -> (M, 3C). They are unweighted there; under weigh_qkv r weighs them too."""
         if merged is None or isinstance(d, int):
-            return assemble(qkv_in, attn, x, d, weighted=self.weighted_qkv)
+            return assemble(qkv_in, attn, x, d, weighted=self.cfg.weigh_qkv)
         x = F.layer_norm(x, x.shape[-1:], eps=1e-5)
         if self.S == 1:
             return qkv_merged(merged[0][0], x)

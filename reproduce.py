@@ -2,6 +2,7 @@
 the paper does not have, routers that begin at the layers (`routers`).
 
   python reproduce.py                                       hours on 2 CPU cores: 8 layers, width 128, bytes
+  python reproduce.py --scale=ratio --ratio=85 --text=books/   tokens per parameter as in the paper: width 48, bytes
   python reproduce.py --scale=gpu --text=books/             8 layers, width 512, BPE: an H100, half an hour by count
   python reproduce.py --scale=paper --size=small            the full recipe on 8 GPUs, one of its three sizes
   python reproduce.py --only=table1,fig4 --seeds=3          some of it, with more seeds
@@ -43,8 +44,9 @@ import config
 from model import GPT, MoMConfig, load_checkpoint
 
 # --- what
-scale = 'cpu'      # 'cpu', 'gpu', 'paper', or 'tiny', which takes seconds and shows nothing
-only = ''          # which of table1,table2,table4,fig3,fig4,fig5,routers; '' is all
+scale = 'cpu'      # 'cpu', 'gpu', 'paper', 'ratio', or 'tiny', which takes seconds and shows nothing
+ratio = 85         # at scale ratio: tokens per parameter in phase one, 1, 4, 16 or 85; half as many in phase two
+only = ''          # which of table1,table2,table4,fig3,fig4,fig5,routers,axis,starts; '' is the scale's
 cells = ''         # which of their cells, by name as in results.json; '' is all
 size = 'medium'    # 'small', 'medium', 'large': trained at scale paper; at the others, whose Table 1 stands beside ours
 report = False     # train nothing: write the report of what is there
@@ -66,10 +68,12 @@ settings, given = config.load(globals())
 
 CLOSE = {'loss': 0.02, 'spikes': 0.2}  # with one seed a smaller difference, in nats per token for loss, decides nothing
 T95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # standard errors of the mean of 2, 3, ... 10 seeds
-TABLES = ('table1', 'table2', 'table4', 'fig3', 'fig4', 'fig5', 'routers')
-PROBES = {'vanilla': 'vanilla', 'layers': 'k1h4s_layers', 'mom': 'k2h4s'}  # family -> who finds its learning rate
-BUDGETS = (0.55, 1.7, 3.2)  # multiples of phase two's steps for which the vanilla model is continued too: they
-# span the FLOPs of Table 1's other systems
+TABLES = ('table1', 'table2', 'table4', 'fig3', 'fig4', 'fig5', 'routers', 'axis', 'starts')
+# family -> who finds its learning rate
+PROBES = {'vanilla': 'vanilla', 'layers': 'k1h4s_layers', 'mom': 'k2h6s' if scale == 'ratio' else 'k2h4s'}
+# Multiples of phase two's steps for which the vanilla model is continued too: they span the FLOPs of Table 1's other
+# systems
+BUDGETS = (0.5, 2, 4) if scale == 'ratio' else (0.55, 1.7, 3.2)
 EQUAL = 'vanilla for the FLOPs of '  # + a cell: the vanilla model continued for as many training FLOPs; see record
 SCALES = {  # steps: phase one, phase two. rate: of phase one. fig3_H: the paper does not say which H its Figure 3 has
     'tiny': dict(text='sotu', tokenizer='bytes', steps=[6, 4], rate=0.01, rates=[0.01], batch_size=4, micro_batch=4,
@@ -83,16 +87,33 @@ SCALES = {  # steps: phase one, phase two. rate: of phase one. fig3_H: the paper
     'gpu': dict(text='sotu', tokenizer='gpt2', steps=[1500, 1000], rate=1e-3, rates=[5e-4, 1e-3, 2e-3], batch_size=32,
                 micro_batch=32, eval_tokens=200_000, n_embd=512, n_head=8, block_size=512, router_dim=128, fig3_H=4,
                 workers=4, processes=1),
+    # What is held is the number of tokens per parameter, which is 85 for the paper's small model, 30 for medium, 14 for
+    # large; at scale cpu it is 1. A model this small gets there in minutes. steps, rates and batches: see RATIOS
+    'ratio': dict(text='sotu', tokenizer='bytes', eval_tokens=300_000, n_embd=48, n_head=3, block_size=128,
+                  router_dim=24, fig3_H=4, workers=1, processes=1),
     # config/*.py as they are, but for phase one, which is our own 20k steps as in Table 2.
     # Medium: 71 cells, 1.5e21 FLOPs, 17 days of 8 A100 at 40% of their peak
     'paper': dict(text='openwebtext', tokenizer='gpt2', steps=[20_000, 10_000], rate=1e-3, rates=[1e-3],
                   batch_size=512, micro_batch=8, eval_tokens=4_000_000, block_size=1024, router_dim=256, fig3_H=6,
                   workers=1, processes=8)}
 
-for key, known in (('scale', SCALES), ('size', ('small', 'medium', 'large'))):
+# tokens per parameter -> sequences of a batch, rate of phase one, rates of phase two
+RATIOS = {1: (8, 12e-3, [1e-3, 2e-3, 4e-3, 8e-3]), 4: (8, 12e-3, [1e-3, 2e-3, 4e-3, 8e-3]),
+          16: (32, 12e-3, [1e-3, 2e-3, 4e-3, 8e-3]), 85: (32, 6e-3, [1e-3, 2e-3, 4e-3])}
+for key, known in (('scale', SCALES), ('size', ('small', 'medium', 'large')), ('ratio', RATIOS)):
     if settings[key] not in known:
-        raise ValueError(f'{key}={settings[key]!r} must be one of {", ".join(known)}')
-chosen, picked = only.split(',') if only else list(TABLES), cells.split(',') if cells else []
+        raise ValueError(f'{key}={settings[key]!r} must be one of {", ".join(map(str, known))}')
+if scale == 'ratio':
+    size, S = 'small', SCALES[scale]
+    with torch.device('meta'):
+        parameters = GPT(MoMConfig('1-1-1-1-1-1-1-1', n_embd=S['n_embd'], n_head=S['n_head'],
+                                   block_size=S['block_size'], vocab_size=257)).num_params()[0]
+    of_batch, rate, its_rates = RATIOS[ratio]
+    one = round(ratio * parameters / (of_batch * S['block_size']))
+    S.update(batch_size=of_batch, micro_batch=of_batch, rate=rate, rates=its_rates, steps=[one, round(one / 2)])
+    only = only or ('axis,table1,table2,fig4,starts' if ratio == 85 else 'axis')
+only = only or ','.join(TABLES[:7])
+chosen, picked = only.split(','), cells.split(',') if cells else []
 for table in chosen:
     if table not in TABLES:
         raise ValueError(f'only={only!r}: {table!r} is none of {", ".join(TABLES)}')
@@ -105,7 +126,7 @@ if any(type(rate) not in (int, float) or rate <= 0 for rate in rates):
 S = SCALES[scale]
 steps, rates, text = steps or S['steps'], list(dict.fromkeys(rates or S['rates'])), text or S['text']
 workers, processes = workers or S['workers'], processes or S['processes']
-out_dir = out_dir or f'out/reproduce_{scale}' + f'_{size}' * (scale == 'paper')
+out_dir = out_dir or f'out/reproduce_{scale}' + f'_{size}' * (scale == 'paper') + f'_{ratio}' * (scale == 'ratio')
 if not data_dir:
     stem = os.path.splitext(os.path.basename(os.path.normpath(text.split(',')[0])))[0]
     data_dir = f'data/{stem}_{S["tokenizer"]}'
@@ -141,9 +162,12 @@ add('vanilla', 'vanilla')
 grid = {(K, H): add(f'k{K}h{H}s', K=K, H=H, skip=True) for K in range(1, 5) for H in range(1, 7)}
 budgets = [add(f'vanilla_x{times:g}', 'vanilla', max_steps=max(1, round(times * steps[1]))) for times in BUDGETS]
 budgets.insert(1, 'vanilla')
-starts = {(K, H): add(f'k{K}h{H}s_layers', 'layers', K=K, H=H, skip=True, router_start='layers')
+starts = {(K, H): add(f'k{K}h{H}s_layers', 'layers', K=K, H=H, skip=True, router_start='layers', weigh_qkv=True)
           for K, H in ((1, 4), (2, 4), (2, 6), (3, 1))}
-add('k1h4s_layers_narrow', 'layers', K=1, H=4, skip=True, router_start='layers', router_dim=S['router_dim'] // 4)
+longer = {times: (add(f'k2h6s_x{times}', max_steps=times * steps[1], K=2, H=6, skip=True), f'vanilla_x{times}')
+          for times in (2, 4)} if scale == 'ratio' else {}
+add('k1h4s_layers_narrow', 'layers', K=1, H=4, skip=True, router_start='layers', weigh_qkv=True,
+    router_dim=S['router_dim'] // 4)
 add('first_layers', phi='share', K=1, c_share=[0], N_A=1, N_F=1)  # nothing is routed: what is dropping layers worth?
 add('mod', chunks=LAYERS, phi='mod', K=1, capacity=0.125, router='linear')
 add('layer_skip', phi='layer_skip', K=1, skip=True)
@@ -194,11 +218,23 @@ rows = {
         curves, itertools.product(('from scratch', 'two phases'), ('GRU', 'MLP')))]}
 
 
+rows['axis'] = [('GPT-2 continued', 'vanilla', 'vanilla', None, None)] + [
+    (f'K{K}H{H}S, {how}', name, 'vanilla', None, None) for K, H in ((2, 6), (3, 1), (1, 4))
+    for how, name in (('fresh', grid[K, H]), ('begins at the layers', starts[K, H]))]
+rows['starts'] = [('GPT-2 continued', 'vanilla', 'vanilla', None, None),
+                  ('K2H6S, fresh', 'k2h6s', 'vanilla', None, None)]
+for times, (fresh, vanilla) in longer.items():
+    rows['starts'] += [(f'GPT-2 continued, {times} times the steps', vanilla, vanilla, None, None),
+                       (f'K2H6S, fresh, {times} times the steps', fresh, vanilla, None, None)]
+if scale == 'ratio':
+    rows['fig4'] = [row for row in rows['fig4'] if row[0][3] in '16']  # its corners: H = 1 and 6
+
 more = [(label, name, 'vanilla', None, None) for label, name in [
     *((f'GPT-2 continued, {times:g} times the steps', f'vanilla_x{times:g}') for times in BUDGETS),
     ('GPT-2 with the first layer of each chunk only', 'first_layers')]]
 rows['table1'][2:2] = more
 rows['fig4'] += more
+rows['axis'][1:1] = [row for row in more if row[1] in ('vanilla_x0.5', 'vanilla_x2')]
 rows['routers'] = [('GPT-2 continued', 'vanilla', 'vanilla', None, None), *more] + [
     (f'K{K}H{H}S, {how}', name, 'vanilla', None, None) for (K, H), start in starts.items()
     for how, name in (('fresh', grid[K, H]), ('begin at the layers', start))] + [
@@ -341,8 +377,9 @@ def asked(name, rate, seed):
         start = os.path.join(folder(before[0], rate_of(before[0]), before[1]), 'last.pt')
     first = name == 'scratch' or cell['family'] == 'phase_one'
     batches = 1000 * seed + (337 if first else 338)  # 1337 and 1338, as in config/; 2337 and 2338; ...
-    return dict(common, **cell['model'], data_dir=data_dir, init_from=start, seed=batches,
-                max_steps=cell['max_steps'], learning_rate=float(rate), eval_every=math.ceil(cell['max_steps'] / 4))
+    evaluations = 8 if scale == 'ratio' else 4
+    return dict(common, **cell['model'], data_dir=data_dir, init_from=start, seed=batches, learning_rate=float(rate),
+                max_steps=cell['max_steps'], eval_every=math.ceil(cell['max_steps'] / evaluations))
 
 
 def step_flops(model, k_a=None, k_f=None):
@@ -452,6 +489,7 @@ def write_report():
                   claims=[], fig5_curves={}, failed=failed)
     for table in chosen:
         title = table.replace('table', 'Table ').replace('fig', 'Figure ').replace('routers', 'Where routers begin')
+        title = title.replace('axis', 'Tokens per parameter').replace('starts', 'A longer phase two')
         lines += ['', f'## {title}', '',
                   '| system | seeds | loss | perplexity | bits/byte | steps | PFLOPs | in all | from the baseline '
                   "| from GPT-2 of as many FLOPs | paper: loss | paper: from its baseline |", '|' + '---|' * 12]
@@ -702,7 +740,8 @@ if any(cell not in records for cell in probes):
                      + '; '.join(f'{where} failed: {why}' for where, why in failed.items()))
 train('tables and figures', [(name, None, seed) for name, seed in closure((n, s) for n in wanted
                                                                          for s in range(1, seeds + 1))])
-close = [(n, s) for table in ('table1', 'table2', 'routers') if table in chosen for _, name, base, _, _ in rows[table]
+close = [(n, s) for table in ('table1', 'table2', 'routers', 'axis') if table in chosen
+         for _, name, base, _, _ in rows[table]
          if name in wanted and name not in (base, 'phase_one', *budgets)
          for other, compared in ((base, [base]), *([(EQUAL + name, around(name, 1))] if name in phase_two else []))
          if (d := contrast({name: 1, other: -1})) and abs(d[0]) < CLOSE['loss']

@@ -59,6 +59,7 @@ router_dim = 256                     # width of the routers' state
 router_weights = 'linear'            # 'linear' or 'softmax'
 tau = 0.2                            # temperature of the softmax weights
 router_start = 'fresh'               # or 'layers': routers begin at the layers' own order, not in the paper
+weigh_qkv = False                    # r weighs q, k and v as well, not in the paper
 balance = 0.0                        # coefficient of the load-balancing loss
 n_embd = 768                         # width
 n_head = 12                          # heads

@@ -61,8 +61,8 @@ def select(r, K, n_modules, skip, weights, tau):
     return [(i, w[i]) for i in selected if i < n_modules]  # SKIP adds nothing; the others are not rescaled for it
 
 
-def attention_step(x, pool, routes, n_head, weighted_qkv=False):
-    """Eq. 5, o = F^A(x), for one sequence x (T, C). weighted_qkv: r weighs q, k, v too (router_start='layers')."""
+def attention_step(x, pool, routes, n_head, weigh_qkv=False):
+    """Eq. 5, o = F^A(x), for one sequence x (T, C). weigh_qkv: r weighs q, k, v too."""
     T, C = x.shape
     d_head = C // n_head
 
@@ -71,7 +71,7 @@ def attention_step(x, pool, routes, n_head, weighted_qkv=False):
         qkv = x.new_zeros(3 * C)  # stays zero if nothing was selected; others still see this key and this value
         for m, w in routes[t]:
             one = layer_norm(x[t], pool['ln_w'][m], pool['ln_b'][m]) @ pool['qkv_w'][m] + pool['qkv_b'][m]
-            qkv = qkv + (w * one if weighted_qkv else one)
+            qkv = qkv + (w * one if weigh_qkv else one)
         q.append(qkv[:C])
         k.append(qkv[C:2 * C])
         v.append(qkv[2 * C:])
@@ -104,7 +104,8 @@ def ffn_step(u, pool, routes):
     return torch.stack(out)
 
 
-def chunk(x, attn, ffn, router_a, router_f, *, H, K_a, K_f, skip, n_head, kind='gru', weights='linear', tau=0.2):
+def chunk(x, attn, ffn, router_a, router_f, *, H, K_a, K_f, skip, n_head, kind='gru', weights='linear', tau=0.2,
+          weigh_qkv=False):
     """H assembly steps over one pool of modules. Returns (x_out, routes) with routes[b][h] = (routes_A, routes_F)."""
     B, T, _ = x.shape
     N_a, N_f = attn['ln_w'].shape[0], ffn['ln_w'].shape[0]
@@ -119,7 +120,7 @@ def chunk(x, attn, ffn, router_a, router_f, *, H, K_a, K_f, skip, n_head, kind='
             for t in range(T):
                 r, s_a[t] = router_step(router_a, kind, x_h[t], s_a[t], h)
                 routes_a.append(select(r, K_a, N_a, skip, weights, tau))
-            u_h = attention_step(x_h, attn, routes_a, n_head, 'bias' in router_a) + x_h  # Eq. 4, first line
+            u_h = attention_step(x_h, attn, routes_a, n_head, weigh_qkv) + x_h  # Eq. 4, first line
 
             routes_f = []
             for t in range(T):

@@ -143,12 +143,12 @@ def test_our_checkpoints_load_the_same_way(tmp_path):
     assert again.cfg == mom.cfg and torch.equal(again(idx)[0], mom(idx)[0])
     with pytest.raises(ValueError, match='assembled already'):
         GPT.from_pretrained(str(tmp_path / 'mom.pt'), chunks='2-2-2')
-    mom = GPT.from_pretrained(str(tmp_path), chunks='1-4-1', K=3, H=2, router_start='layers')
+    mom = GPT.from_pretrained(str(tmp_path), chunks='1-4-1', K=3, H=2, router_start='layers', weigh_qkv=True)
     torch.save({'model': mom.state_dict(), 'model_config': vars(mom.cfg)}, tmp_path / 'layers.pt')
     for file, start, message in [('mom', 'layers', 'has no chunks.1.router_a.bias'),
                                  ('layers', 'fresh', 'has chunks.1.router_a.bias, for which this model has no place')]:
         with pytest.raises(ValueError, match=message):
-            GPT.from_pretrained(str(tmp_path / f'{file}.pt'), router_start=start)
+            GPT.from_pretrained(str(tmp_path / f'{file}.pt'), router_start=start, weigh_qkv=True)
 
 
 # ----------------------------------------------------------------------------- MoM
@@ -170,7 +170,8 @@ def test_routers_that_start_at_the_layers_restore_them(case, tmp_path):
     hugging_face(tmp_path)
     idx = torch.randint(0, 211, (2, 20))
     want = GPT.from_pretrained(str(tmp_path))(idx)[0]
-    model = GPT.from_pretrained(str(tmp_path), chunks='3', router_dim=8, router_start='layers', **case)
+    model = GPT.from_pretrained(str(tmp_path), chunks='3', router_dim=8, router_start='layers', weigh_qkv=True,
+                                **case)
     near = (model(idx)[0] - want).std()
     with torch.no_grad():
         for router in (model.chunks[0].router_a, model.chunks[0].router_f):
@@ -185,8 +186,9 @@ CASES += [dict(K=5, H=2), dict(K=2, H=3, N_A=2, N_F=3), dict(K=4, H=2, N_A=2, sk
           dict(K=2, H=3, router='mlp'), dict(K=3, H=3, router='mlp', router_weights='softmax'),
           dict(K=2, H=4, router_weights='softmax'), dict(K=4, H=5, router_weights='softmax', tau=1.0, skip=False),
           dict(chunks='2-3', K=2, H=2), dict(chunks='4', K=1, H=4, router_dim=1),
-          dict(K=1, H=5, router_start='layers'), dict(K=2, H=3, router_start='layers'),
-          dict(K=4, H=2, skip=False, router='mlp', router_start='layers')]
+          dict(K=1, H=5, router_start='layers'), dict(K=2, H=3, router_start='layers', weigh_qkv=True),
+          dict(K=2, H=3, weigh_qkv=True),
+          dict(K=4, H=2, skip=False, router='mlp', router_start='layers', weigh_qkv=True)]
 
 
 @pytest.mark.parametrize('case', CASES, ids=lambda case: ' '.join(f'{k}={v}' for k, v in case.items()))
@@ -197,7 +199,7 @@ def test_mom_equals_the_dense_one_in_outputs_and_gradients(case):
     got, _ = model(idx)
     K_a, K_f = (min(cfg.K, n + cfg.skip) for n in (cfg.N_A or 4, cfg.N_F or 4))
     want = dense.gpt(idx, dense_params(model), cfg.sizes, n_head=2, H=cfg.H, K_a=K_a, K_f=K_f, skip=cfg.skip,
-                     kind=cfg.router, weights=cfg.router_weights, tau=cfg.tau)
+                     kind=cfg.router, weights=cfg.router_weights, tau=cfg.tau, weigh_qkv=cfg.weigh_qkv)
     assert (got - want).abs().max() < 1e-10 * want.abs().max()
     params = dict(model.named_parameters())
     probe = torch.randn(got.shape, dtype=torch.float64)
@@ -284,6 +286,7 @@ def test_flops_formula_counts_what_runs(case, merged, monkeypatch):
     (dict(router_weights='softmax', K=1), 'no gradient'), (dict(N_A=5), 'can keep 1 to 4'),
     (dict(N_F=-1), 'can keep 1 to 4'), (dict(tau=0.0), 'above 0'), (dict(router_start='x'), 'one of fresh, layers'),
     (dict(router_start='layers', router_weights='softmax'), "goes with .*not with .*'softmax'"),
+    (dict(router_start='layers', K=2), 'needs weigh_qkv=True'), (dict(weigh_qkv=True, phi='share'), "phi='mom'"),
     (dict(router_start='layers', router='linear'), "goes with .*not with .*router='linear'")])
 def test_wrong_shapes_name_the_fix(wrong, message):
     with pytest.raises(ValueError, match=message):

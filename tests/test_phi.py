@@ -19,7 +19,8 @@ SYSTEMS = {
     'mom, linear router': dict(K=2, H=3, router='linear'),
     'mom, kept modules': dict(K=2, H=2, keep_A=[3, 1], keep_F=[0, 2, 3]),
     'mom, tied': dict(K=2, H=3, tied=True),
-    'mom, from the layers': dict(K=2, H=4, router_start='layers'),
+    'mom, from the layers': dict(K=2, H=4, router_start='layers', weigh_qkv=True),
+    'mom, q, k, v weighted': dict(K=2, H=2, weigh_qkv=True),
     'layer_skip': dict(phi='layer_skip', K=1),
     'early_exit': dict(phi='early_exit', K=1, chunks='2-4'),
     'share': dict(phi='share', K=1, c_share=[0, 0, 2, 1, 2]),
@@ -71,7 +72,7 @@ def test_the_dense_loops_over_the_decisions_give_the_same(system):
                 continue
             y = x[b]
             for h in range(chunk.H):
-                y = y + dense.attention_step(y, attn, routes('A', h, b), 2, 'layers' in system)
+                y = y + dense.attention_step(y, attn, routes('A', h, b), 2, model.cfg.weigh_qkv)
                 y = y + dense.ffn_step(y, ffn, routes('F', h, b))
             after.append(y)
         x = torch.stack(after)
