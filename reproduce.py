@@ -89,7 +89,7 @@ SCALES = {  # steps: phase one, phase two. rate: of phase one. fig3_H: the paper
                 workers=4, processes=1),
     # What is held is the number of tokens per parameter, which is 85 for the paper's small model, 30 for medium, 14 for
     # large; at scale cpu it is 1. A model this small gets there in minutes. steps, rates and batches: see RATIOS
-    'ratio': dict(text='sotu', tokenizer='bytes', eval_tokens=300_000, n_embd=48, n_head=3, block_size=128,
+    'ratio': dict(text='sotu', tokenizer='bytes', n_embd=48, n_head=3, block_size=128,
                   router_dim=24, fig3_H=4, workers=1, processes=1),
     # config/*.py as they are, but for phase one, which is our own 20k steps as in Table 2.
     # Medium: 71 cells, 1.5e21 FLOPs, 17 days of 8 A100 at 40% of their peak
@@ -97,9 +97,10 @@ SCALES = {  # steps: phase one, phase two. rate: of phase one. fig3_H: the paper
                   batch_size=512, micro_batch=8, eval_tokens=4_000_000, block_size=1024, router_dim=256, fig3_H=6,
                   workers=1, processes=8)}
 
-# tokens per parameter -> sequences of a batch, rate of phase one, rates of phase two
-RATIOS = {1: (8, 12e-3, [1e-3, 2e-3, 4e-3, 8e-3]), 4: (8, 12e-3, [1e-3, 2e-3, 4e-3, 8e-3]),
-          16: (32, 12e-3, [1e-3, 2e-3, 4e-3, 8e-3]), 85: (32, 6e-3, [1e-3, 2e-3, 4e-3])}
+# tokens per parameter -> sequences of a batch, which makes at least 239 steps; tokens that are evaluated, and how often;
+# the rate of phase one, the best of 0.003, 0.006, 0.012 and 0.024 (at 85 of 0.006 and 0.012); the rates of phase two
+RATIOS = {1: (8, 100_000, 4, 12e-3, [1e-3, 2e-3, 4e-3, 8e-3]), 4: (8, 100_000, 4, 6e-3, [1e-3, 2e-3, 4e-3, 8e-3]),
+          16: (32, 300_000, 4, 12e-3, [1e-3, 2e-3, 4e-3, 8e-3]), 85: (32, 300_000, 8, 12e-3, [1e-3, 2e-3, 4e-3])}
 for key, known in (('scale', SCALES), ('size', ('small', 'medium', 'large')), ('ratio', RATIOS)):
     if settings[key] not in known:
         raise ValueError(f'{key}={settings[key]!r} must be one of {", ".join(map(str, known))}')
@@ -108,9 +109,10 @@ if scale == 'ratio':
     with torch.device('meta'):
         parameters = GPT(MoMConfig('1-1-1-1-1-1-1-1', n_embd=S['n_embd'], n_head=S['n_head'],
                                    block_size=S['block_size'], vocab_size=257)).num_params()[0]
-    of_batch, rate, its_rates = RATIOS[ratio]
+    of_batch, evaluated, evaluations, rate, its_rates = RATIOS[ratio]
     one = round(ratio * parameters / (of_batch * S['block_size']))
-    S.update(batch_size=of_batch, micro_batch=of_batch, rate=rate, rates=its_rates, steps=[one, round(one / 2)])
+    S.update(batch_size=of_batch, micro_batch=of_batch, eval_tokens=evaluated, evaluations=evaluations, rate=rate,
+             rates=its_rates, steps=[one, round(one / 2)])
     only = only or ('axis,table1,table2,fig4,starts' if ratio == 85 else 'axis')
 only = only or ','.join(TABLES[:7])
 chosen, picked = only.split(','), cells.split(',') if cells else []
@@ -377,9 +379,8 @@ def asked(name, rate, seed):
         start = os.path.join(folder(before[0], rate_of(before[0]), before[1]), 'last.pt')
     first = name == 'scratch' or cell['family'] == 'phase_one'
     batches = 1000 * seed + (337 if first else 338)  # 1337 and 1338, as in config/; 2337 and 2338; ...
-    evaluations = 8 if scale == 'ratio' else 4
     return dict(common, **cell['model'], data_dir=data_dir, init_from=start, seed=batches, learning_rate=float(rate),
-                max_steps=cell['max_steps'], eval_every=math.ceil(cell['max_steps'] / evaluations))
+                max_steps=cell['max_steps'], eval_every=math.ceil(cell['max_steps'] / S.get('evaluations', 4)))
 
 
 def step_flops(model, k_a=None, k_f=None):
