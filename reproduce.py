@@ -97,7 +97,7 @@ SCALES = {  # steps: phase one, phase two. rate: of phase one. fig3_H: the paper
                   batch_size=512, micro_batch=8, eval_tokens=4_000_000, block_size=1024, router_dim=256, fig3_H=6,
                   workers=1, processes=8)}
 
-# tokens per parameter -> sequences of a batch, which makes at least 239 steps; tokens that are evaluated, and how often;
+# tokens per parameter -> sequences of a batch (at least 239 steps); how many tokens are evaluated, and how often;
 # the rate of phase one, the best of 0.003, 0.006, 0.012 and 0.024 (at 85 of 0.006 and 0.012); the rates of phase two
 RATIOS = {1: (8, 100_000, 4, 12e-3, [1e-3, 2e-3, 4e-3, 8e-3]), 4: (8, 100_000, 4, 6e-3, [1e-3, 2e-3, 4e-3, 8e-3]),
           16: (32, 300_000, 4, 12e-3, [1e-3, 2e-3, 4e-3, 8e-3]), 85: (32, 300_000, 8, 12e-3, [1e-3, 2e-3, 4e-3])}
