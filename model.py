@@ -1,162 +1,67 @@
 """Mixture-of-Modules: a Transformer whose depth is assembled per token (arXiv:2407.06677).
 
-One idea carries this file: a Transformer is a list of chunks, and a chunk is a pool of attention and of
-feed-forward modules, two routers, and an assembling function phi that says, at each of H steps and for every
-token, which modules are applied and with what weights. In MoM phi is the top K of N modules and SKIP. A block
-of vanilla GPT-2 is the chunk with N = 1: one step, no router, weight 1. Layer-skip, early exit, parameter
-sharing, mixture-of-experts and mixture-of-depths are other choices of phi over the same assembly (section 3.5).
-Equation numbers are the paper's.
+A Transformer is a list of chunks. A chunk is a pool of N attention modules and N feed-forward
+modules, two routers, and an assembling function phi. At each of H steps phi says, for every token,
+which modules are applied and with what weights. In MoM that is the top K of the N modules and SKIP.
+A block of GPT-2 is the chunk with N = 1: one step, no router, weight 1. Layer-skip, early exit,
+parameter sharing, mixture-of-experts and mixture-of-depths are other choices of phi (section 3.5).
 
-Shapes: B batch, T time, M = B*T tokens, C width, N modules of a pool, E = N (+ 1 with SKIP) entries of a router,
-K selected, H steps, R router state, nh heads, hs head size, V vocabulary.
+The file follows section 3 of the paper, and equation numbers are the paper's. The method ends at
+the banner "fused routing"; what stands below it computes the same numbers faster. tests/dense.py
+says all of it again in loops over single tokens, and docs/method.md sets the equations beside
+the lines of this file.
+
+Shapes: B batch, T time, M = B*T tokens, C width, N modules of a pool, E = N (+ 1 with SKIP) entries
+of a router, K selected, H steps, R width of a router's state, S subsets of a pool, nh heads,
+hs head size, V vocabulary.
 """
 import hashlib
 import itertools
-import json
 import math
-import os
-import pickle
-import zipfile
+import re
 from collections import namedtuple
 from dataclasses import asdict, dataclass, field
 
-import safetensors.torch
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-MOST_SUBSETS = 40  # up to here q, k, v are merged: all K of N = 4, K2S of N = 6 (21) and of N = 8 (36)
-PHI = ('mom', 'layer_skip', 'early_exit', 'share', 'moe', 'moe_share', 'mod')
-Shape = namedtuple('Shape', 'phi H N_A N_F layers_A layers_F')  # of one chunk; see MoMConfig.shapes
-
 
 @dataclass
 class MoMConfig:
-    """The shape of a model. Raises ValueError, naming the fix, for a combination that cannot be built."""
-    chunks: str = '1-1-4-1-4-1'     # N of each chunk, in layers of the vanilla model; n_layer is their sum
-    phi: str = 'mom'                # assembling function of chunks with N > 1 ('moe', 'mod': with N = 1); see Chunk
+    """The settings of a model. Raises ValueError, naming the fix, for a model that cannot be."""
+    chunks: str = '1-1-1-1-1-1-1-1-1-1-1-1'  # N of each chunk, in layers of the vanilla model
+    phi: str = 'mom'                # assembling function of chunks with N > 1; see PHI
     K: int = 2                      # modules selected per token and step, SKIP among them
-    H: int = 6                      # assembly steps of a chunk under 'mom'; 'share' has len(c_share), the others N
+    H: int = 6                      # assembly steps of a chunk with N > 1 under 'mom'
     skip: bool = True               # the "S" of K2H6S: routers may choose SKIP
-    N_A: int = 0                    # attention modules kept of a chunk with N > 1, the first ones; 0 keeps all
-    N_F: int = 0                    # feed-forward modules likewise. A pool with fewer than K selects all it has
-    keep_A: list = field(default_factory=list)   # which attention modules to keep instead, such as [0, 2]
+    N_A: int = 0                    # attention modules kept of a chunk, the first ones; 0 keeps all
+    N_F: int = 0                    # feed-forward modules likewise
+    keep_A: list = field(default_factory=list)   # which attention modules to keep, such as [0,2]
     keep_F: list = field(default_factory=list)   # which feed-forward modules
-    tied: bool = False              # all modules of a chunk are its first one ("MoM-same" of Table 2)
-    c_share: list = field(default_factory=list)  # 'share': the module of each step, such as [0, 0, 1, 1] (Eq. 10)
+    tied: bool = False              # all modules of a chunk are its first one (MoM-same of Table 2)
+    c_share: list = field(default_factory=list)  # 'share': the module of each step, as [0,0,2,2]
     experts: int = 4                # 'moe': feed-forward experts of a layer
-    capacity: float = 0.125         # 'mod': share of a sequence's tokens that go through a routed block
-    router: str = 'gru'             # 'gru' (Eq. 7), 'mlp' (Appendix D.1: two layers, no state) or 'linear' (Mixtral's)
+    capacity: float = 0.125         # 'mod': share of the tokens that go through a routed block
+    router: str = 'gru'             # 'gru' (Eq. 7), 'mlp' (Appendix D.1) or 'linear' (Mixtral's)
     router_dim: int = 256           # R, the width of the router's state
-    router_weights: str = 'linear'  # weight of a selected module: 'linear' = r (Eq. 5, 6), or 'softmax' of r / tau
+    router_weights: str = 'linear'  # weight of a module: 'linear' is r, 'softmax' is of r / tau
     tau: float = 0.2                # temperature of the softmax weights
-    router_start: str = 'fresh'     # 'fresh' (the paper's), or 'layers': phase two begins as the layers; see Router
-    weigh_qkv: bool = False         # r weighs q, k and v as well, which Eq. 5 adds up unweighted
-    balance: float = 0.0            # coefficient of the load-balancing loss; the paper found that it hurts (D.2)
+    router_start: str = 'fresh'     # or 'layers': routers begin at the layers' order; see Router
+    weigh_qkv: bool = False         # r weighs q, k and v as well; Eq. 5 adds them up unweighted
+    balance: float = 0.0            # coefficient of the load-balancing loss; it hurt the paper (D.2)
     n_embd: int = 768               # C
-    n_head: int = 12
+    n_head: int = 12                # nh
     block_size: int = 1024          # longest sequence
-    vocab_size: int = 50257
+    vocab_size: int = 50257         # V
 
     def __post_init__(self):
-        try:
-            sizes = [int(n) for n in self.chunks.split('-')]
-        except ValueError:
-            sizes = []
-        if not sizes or min(sizes) < 1:
-            raise ValueError(f"chunks={self.chunks!r} must be positive numbers joined by '-', such as '1-1-4-1-4-1'")
-        for key in ('K', 'H', 'experts', 'n_embd', 'n_head', 'block_size', 'vocab_size', 'router_dim'):
-            if getattr(self, key) < 1:
-                raise ValueError(f'{key}={getattr(self, key)} must be at least 1')
-        if self.n_embd % self.n_head:
-            raise ValueError(f'n_embd={self.n_embd} must be a multiple of n_head={self.n_head}')
-        for key, known in {'phi': PHI, 'router': ('gru', 'mlp', 'linear'),
-                           'router_weights': ('linear', 'softmax'), 'router_start': ('fresh', 'layers')}.items():
-            if getattr(self, key) not in known:
-                raise ValueError(f'{key}={getattr(self, key)!r} must be one of {", ".join(known)}')
-        if self.router_start == 'layers' and (
-                self.phi != 'mom' or self.router == 'linear' or self.router_weights != 'linear'):
-            raise ValueError("router_start='layers' begins with scores of 1 for weights: it goes with phi='mom', "
-                             "router='gru' or 'mlp' and router_weights='linear', not with "
-                             f"phi={self.phi!r}, router={self.router!r} and router_weights={self.router_weights!r}")
-        if self.router_start == 'layers' and self.K > 1 and not self.weigh_qkv:
-            raise ValueError("router_start='layers' with K > 1 needs weigh_qkv=True: unweighted, as in Eq. 5, the "
-                             'second module that a token takes would change its q, k, v at full strength')
-        if self.weigh_qkv and self.phi != 'mom':
-            raise ValueError(f"weigh_qkv=True goes with phi='mom', not with {self.phi!r}")
-        if self.tau <= 0 or self.balance < 0:
-            raise ValueError(f'tau={self.tau} must be above 0, and balance={self.balance} at least 0')
-        if not 0 < self.capacity <= 1:
-            raise ValueError(f'capacity={self.capacity} is a share of the tokens: 0 < capacity <= 1')
-        if self.phi in ('moe', 'mod') and max(sizes) > 1:
-            raise ValueError(f"phi={self.phi!r} works layer by layer: chunks={self.chunks!r} must be "
-                             f"'{'-'.join('1' * sum(sizes))}'")
-        if self.phi != 'mom' and self.vanilla:
-            raise ValueError(f'phi={self.phi!r} finds nothing to route in chunks={self.chunks!r}: take a chunk of '
-                             "several layers, such as '1-4-1'; for 'mod', which routes every other block, more blocks")
-        for shape, N in zip(self.shapes, sizes):
-            if shape.phi != 'vanilla':
-                self._check_chunk(shape, N)
-
-    def _check_chunk(self, shape, N):
-        for kind, first, keep in (('A', self.N_A, self.keep_A), ('F', self.N_F, self.keep_F)):
-            if first and keep:
-                raise ValueError(f'N_{kind}={first} and keep_{kind}={keep} say the same thing: give one of them')
-            if not 0 <= first <= N:
-                raise ValueError(f'N_{kind}={first}: a chunk of {N} modules can keep 1 to {N} of them, or 0 for all')
-            if any(type(i) is not int or not 0 <= i < N for i in keep) or len(set(keep)) < len(keep):
-                raise ValueError(f'keep_{kind}={keep} must name different modules of a chunk of {N}: 0 to {N - 1}')
-        if self.phi in ('layer_skip', 'early_exit', 'moe_share') and shape.N_A < N or (
-                self.phi in ('layer_skip', 'early_exit') and shape.N_F < N):
-            raise ValueError(f'phi={self.phi!r} applies module h at step h, so all must be there: leave N_A, keep_A '
-                             '(and, unless it is moe_share, N_F, keep_F) out')
-        if self.tied and self.phi != 'mom':
-            raise ValueError(f"tied=True (MoM-same) goes with phi='mom'; to share under {self.phi!r}, see phi='share'")
-        if self.phi in ('layer_skip', 'early_exit', 'share', 'mod') and self.K != 1:
-            raise ValueError(f'phi={self.phi!r} applies one module at a step: K={self.K} must be K=1')
-        if self.phi in ('layer_skip', 'early_exit') and not self.skip:
-            raise ValueError(f'phi={self.phi!r} chooses between a module and SKIP: it needs skip=True')
-        if self.phi == 'share':
-            fewest = min(shape.N_A, shape.N_F)
-            if not self.c_share or any(type(i) is not int or not 0 <= i < fewest for i in self.c_share):
-                raise ValueError(f"phi='share' needs the module of each step: c_share={self.c_share} must be a list of "
-                                 f'numbers from 0 to {fewest - 1}, such as {[i // 2 % fewest for i in range(N)]}')
-            return
-        most = max(shape.N_F, shape.N_A if self.phi == 'mom' else 0) + self.skip
-        if self.K > most and self.phi != 'mod':
-            raise ValueError(f'K={self.K} is more than a pool of {most - self.skip} modules{" and SKIP" * self.skip} '
-                             f'offers: take K <= {most} or larger pools')
-        if self.router_weights == 'softmax' and self.K == 1:
-            raise ValueError("router_weights='softmax' divides by the sum over the selected: with K=1 each weight is 1 "
-                             "and the router gets no gradient. Take K >= 2 or router_weights='linear'")
+        check(self)
 
     @property
     def sizes(self):  # N of each chunk
         return [int(n) for n in self.chunks.split('-')]
-
-    @property
-    def shapes(self):
-        """Of each chunk: phi, steps, the sizes of its pools, and the layers of the chunk that its modules come from."""
-        shapes = []
-        for i, N in enumerate(self.sizes):
-            if N == 1 and self.phi != 'moe' and not (self.phi == 'mod' and i % 2):  # MoD routes every other block
-                shapes.append(Shape('vanilla', 1, 1, 1, [0], [0]))
-                continue
-            layers_A, layers_F = (keep or list(range(first or N))
-                                  for first, keep in ((self.N_A, self.keep_A), (self.N_F, self.keep_F)))
-            if self.phi == 'moe':
-                layers_F = [0] * self.experts  # experts start as copies of the layer's own
-            N_A, N_F = len(layers_A), len(layers_F)
-            if self.tied:
-                layers_A, layers_F = layers_A[:1], layers_F[:1]
-            H = {'mom': self.H, 'share': len(self.c_share)}.get(self.phi, N)
-            shapes.append(Shape(self.phi, H, N_A, N_F, layers_A, layers_F))
-        return shapes
-
-    @property
-    def vanilla(self):  # a GPT-2: nothing is routed
-        return all(shape.phi == 'vanilla' for shape in self.shapes)
 
     @property
     def n_layer(self):  # layers of the vanilla model that the modules make up
@@ -164,276 +69,76 @@ class MoMConfig:
 
     @property
     def depth(self):  # steps executed: what is deep in an assembled model
-        return sum(shape.H for shape in self.shapes)
+        return sum(plan.H for plan in self.plans)
+
+    @property
+    def vanilla(self):  # a GPT-2: nothing is routed
+        return all(plan.phi == 'vanilla' for plan in self.plans)
+
+    @property
+    def plans(self):  # of each chunk: what it is made of
+        return [plan_chunk(self, i) for i in range(len(self.sizes))]
 
 
-# ----------------------------------------------------------------------------- modules
-# A pool keeps each parameter of its N modules stacked, (N, ...); one module is a named tuple of slices.
+# ----------------------------------------------------------------------------- modules (3.1)
+# A pool stacks each parameter of its N modules, (N, ...). One module is a named tuple of slices.
 
 Attention = namedtuple('Attention', 'ln_w ln_b qkv_w qkv_b out_w out_b')
 FeedForward = namedtuple('FeedForward', 'ln_w ln_b fc_w fc_b proj_w proj_b')
-Merged = namedtuple('Merged', 'qkv_w qkv_b')  # q, k, v of several attention modules, summed
 
 
 class Pool(nn.Module):
-    """The N modules of one kind of a chunk. Weights are stored (in, out), as GPT-2's, and used as x @ W + b."""
+    """The N modules of one kind of a chunk. Matrices are stored (in, out), as GPT-2's are."""
 
-    def __init__(self, kind, stored, N, *shapes):
+    def __init__(self, kind, N, stored, C):
         super().__init__()
         self.kind, self.N = kind, N
+        shapes = {Attention: [(C,), (C,), (C, 3 * C), (3 * C,), (C, C), (C,)],
+                  FeedForward: [(C,), (C,), (C, 4 * C), (4 * C,), (4 * C, C), (C,)]}[kind]
         for name, shape in zip(kind._fields, shapes):
             self.register_parameter(name, nn.Parameter(torch.empty(stored, *shape)))
 
     def stack(self):
-        """All modules as one: a named tuple of (N, ...). Tied modules are stored once and expanded."""
-        return self.kind(*(getattr(self, f).expand(self.N, *getattr(self, f).shape[1:]) for f in self.kind._fields))
+        """All modules as one named tuple of (N, ...). Tied modules are stored once, and expanded."""
+        parameters = (getattr(self, name) for name in self.kind._fields)
+        return self.kind(*(p.expand(self.N, *p.shape[1:]) for p in parameters))
 
 
-def attention_pool(stored, N, C):
-    return Pool(Attention, stored, N, (C,), (C,), (C, 3 * C), (3 * C,), (C, C), (C,))
+def norm(x, w=None, b=None):
+    """LayerNorm. Each module has its own: "Add & Norm" belongs to the module (3.1)."""
+    if isinstance(w, Grouped):
+        return grouped_norm(x, w, b)
+    return F.layer_norm(x, x.shape[-1:], w, b, eps=1e-5)
 
 
-def ffn_pool(stored, N, C):
-    return Pool(FeedForward, stored, N, (C,), (C,), (C, 4 * C), (4 * C,), (4 * C, C), (C,))
+def linear(x, w, b):
+    """x w + b, for x (M, in) and w (in, out)."""
+    if isinstance(w, Grouped):
+        return grouped_linear(x, w, b)
+    return torch.addmm(b, x, w) if len(x) > FEW else few_rows(x, w) + b.to(x.dtype)
 
 
-# What modules do to rows x. m is one module; or, with a plan (see sort_rows), a stack of them, each for its own rows.
+# What modules do to the tokens x (M, C). m: one module.
 
-def norm(m, x, plan=None):  # each module has its own LayerNorm ("Add & Norm" belongs to the module)
-    if plan is None:
-        return F.layer_norm(x, x.shape[-1:], m.ln_w, m.ln_b, eps=1e-5)
-    return F.layer_norm(x, x.shape[-1:], eps=1e-5) * OfRows.apply(m.ln_w, plan) + OfRows.apply(m.ln_b, plan)
+def qkv(m, x):  # -> (M, 3C)
+    return linear(norm(x, m.ln_w, m.ln_b), m.qkv_w, m.qkv_b)
 
 
-class OfRows(torch.autograd.Function):
-    """vectors (G, D), plan -> (R, D): of each row its group's vector. The gradient sums thousands of rows, in the type
-    of the vectors, fp32: as one product. Indexing would add one row after another, an embedding launch 31 kernels."""
-
-    @staticmethod
-    def forward(ctx, vectors, plan):
-        ctx.save_for_backward(plan.member)
-        return vectors.index_select(0, plan.group)
-
-    @staticmethod
-    def backward(ctx, grad):
-        member, = ctx.saved_tensors
-        return member.to(grad.dtype) @ grad, None
+def attn_out(m, a):  # attended values (M, C) -> (M, C)
+    return linear(a, m.out_w, m.out_b)
 
 
-def few_rows(x, w):
-    """x @ w, (M, in) @ (in, out). For a few rows, in decoding, a CPU in fp32 is done when it has read w; eight products
-    over parts of it read at up to twice the speed of one."""
-    (M, C), D = x.shape, w.size(1)
-    if x.device.type == 'cpu' and 0 < M <= 16 and x.dtype == w.dtype == torch.float32:
-        if C % 8 == 0 and w.is_contiguous():           # parts of the inner dimension, which add up
-            return torch.bmm(x.view(M, 8, C // 8).transpose(0, 1), w.view(8, C // 8, D)).sum(0)
-        if D % 8 == 0 and w.t().is_contiguous():       # stored (out, in), as torch's own layers do: parts of the outer
-            parts = w.t().view(8, D // 8, C).transpose(1, 2)
-            return torch.bmm(x.expand(8, M, C), parts).transpose(0, 1).reshape(M, D)
-    return x @ w
-
-
-def linear(x, w, b, plan=None):
-    if plan is None:
-        if len(x) > 16:
-            return torch.addmm(b, x, w)
-        y = few_rows(x, w)
-        return y + b.to(y.dtype)
-    # F.grouped_mm leaves the rows past its last group uninitialised, in its output and in the gradient of its input,
-    # and 0 * nan is nan: they are masked on both sides, never multiplied by 0.
-    y = F.grouped_mm(x.to(w.dtype).masked_fill(plan.idle, 0), w, offs=plan.ends)
-    return y.add_(OfRows.apply(b, plan)).masked_fill_(plan.idle, 0)
-
-
-def qkv_in(m, x, plan=None):  # (M, C) -> (M, 3C): the q, k and v that attention module m makes
-    return linear(norm(m, x, plan), m.qkv_w, m.qkv_b, plan)
-
-
-def qkv_merged(m, x, plan=None):  # (M, C), normalised -> (M, 3C): the sum of the q, k, v of a subset of modules
-    return linear(x, m.qkv_w, m.qkv_b, plan)
-
-
-def attn_out(m, a, plan=None):  # (M, C) -> (M, C)
-    return linear(a, m.out_w, m.out_b, plan)
-
-
-def ffn(m, u, plan=None):  # (M, C) -> (M, C). GPT-2's GELU is the tanh form; erf differs by up to 5e-4
-    hidden = F.gelu(linear(norm(m, u, plan), m.fc_w, m.fc_b, plan), approximate='tanh')
-    return linear(hidden, m.proj_w, m.proj_b, plan)
-
-
-# ----------------------------------------------------------------------------- router
-
-class Router(nn.Module):
-    """Scores the E entries of a pool, its modules and SKIP, for every token (Eq. 2, 7, 8).
-
-    The input is the residual stream itself, not normalised. The state is per token and passes from one
-    assembly step to the next; nothing flows between tokens. 'linear' is the gate of a Mixtral layer: one matrix
-    per step, on the normalised stream, no state. Arithmetic stays in the weights' own type (fp32 in training)
-    under autocast.
-
-    router_start='layers', which is not the paper's: r = W s_h + b_h with a learned b_h for each step, which begins at 1
-    for the modules whose turn it is and at 0 for all others, while W begins at a hundredth of its size. So phase two
-    begins as the model that phase one ended with, if H >= N. With K > 1 that needs weigh_qkv.
-    """
-
-    def __init__(self, cfg, E, H, N=1):
-        super().__init__()
-        C, R, self.E, self.bias = cfg.n_embd, cfg.router_dim, E, None
-        self.gru = nn.GRUCell(C, R) if cfg.router == 'gru' else None
-        self.mlp = nn.Linear(C, R) if cfg.router == 'mlp' else None
-        self.gates = nn.Linear(C, H * E, bias=False) if cfg.router == 'linear' else None
-        self.out = nn.Linear(R, E, bias=False) if self.gates is None else None  # W of Eq. 8; its last row scores SKIP
-        if cfg.router_start == 'layers':
-            self.out.weight.data.mul_(0.01)
-            self.bias = nn.Parameter(torch.zeros(H, E))
-            for i in range(N):  # with H > N some steps are nobody's, with H < N several modules share one
-                self.bias.data[i * H // N, i] = 1
-
-    def forward(self, x, s, h):
-        """x (M, C), state s (M, R) or None at the first step, h the step -> scores r (M, E), next s."""
-        with torch.autocast(x.device.type, enabled=False):
-            if self.gates:
-                W = self.gates.weight.view(-1, self.E, x.size(-1))[h]
-                return F.linear(F.layer_norm(x.to(W.dtype), x.shape[-1:]), W), None
-            x = x.to(self.out.weight.dtype)
-            s = gru(self.gru, x, s) if self.gru else F.gelu(self.mlp(x), approximate='tanh')  # Eq. 7
-            r = self.out(s)                                                                   # Eq. 8
-            return r if self.bias is None else r + self.bias[h], s
-
-
-def gru(cell, x, s):
-    """torch.nn.GRUCell for inputs x (M, C) and states s (M, R) or None. Written out where torch's own is in the way:
-    its kernel on a GPU breaks torch.compile's graph (pytorch issue 191153); for few rows in decoding see few_rows."""
-    if not torch.compiler.is_compiling() and (len(x) > 16 or torch.is_grad_enabled()):
-        return cell(x, s)
-    i_reset, i_update, i_new = (few_rows(x, cell.weight_ih.t()) + cell.bias_ih).chunk(3, dim=-1)
-    h = cell.bias_hh if s is None else few_rows(s, cell.weight_hh.t()) + cell.bias_hh
-    h_reset, h_update, h_new = h.chunk(3, dim=-1)
-    new = torch.tanh(i_new + torch.sigmoid(i_reset + h_reset) * h_new)
-    update = torch.sigmoid(i_update + h_update)
-    return new - update * new if s is None else torch.lerp(new, s, update)
-
-
-def top_k(r, K, router_weights, tau):
-    """TopK of section 3.2: scores r (M, E) -> ids (M, K), the highest first, and their weights (M, K).
-
-    SKIP can be among a token's picks, at most once; nothing is renormalised then. The softmax is over all entries,
-    then divided by the sum over the selected, SKIP included.
-    """
-    weights, ids = r.topk(K, dim=-1)
-    if router_weights == 'softmax':
-        p = (r / tau).softmax(-1).gather(-1, ids)
-        weights = p / p.sum(-1, keepdim=True)
-    return ids, weights
-
-
-def balance_loss(r, ids, tau):
-    """The load-balancing loss of Switch Transformers (Fedus et al. 2022): E * sum over entries of share * probability.
-
-    share: the part of the picks, ids (M, K), that fell on an entry; probability: the mean of softmax(r / tau) over the
-    tokens, r (M, E). It is 1 when all entries are picked alike, more when picks and probabilities pile up on the same.
-    """
-    share = F.one_hot(ids, r.size(1)).to(r.dtype).mean(dim=(0, 1))
-    return r.size(1) * (share * (r / tau).softmax(-1).mean(dim=0)).sum()
-
-
-# ----------------------------------------------------------------------------- assembly
-# Rows that take the same module are put side by side, so that each module is one matrix product over all of its rows.
-
-# What a router decided for M tokens at one step. kind: 'A' attention, 'F' feed-forward, 'T' which tokens (MoD).
-# ids (M, K), where N is SKIP; weights (M, K); plan: how the M*K assignments sort by module, see assemble; aux: a loss.
-Decision = namedtuple('Decision', 'kind step N ids weights plan aux')
-# R rows sorted by group. token (R,): sorted row -> the token it is of; inverse: row -> sorted row. Then either sizes, a
-# list: the rows of each group, and last those of no group; or, if only the device knows them, the group of each sorted
-# row (R,), the same as a matrix of 0 and 1 (G, R), where each group ends (G,), and which rows are in no group (R, 1).
-Plan = namedtuple('Plan', 'token inverse sizes group member ends idle')
-
-
-def has_grouped_mm(device, C):
-    """Whether F.grouped_mm is one kernel there, which never waits for the device to say how large the groups are: in
-    bf16 on Hopper (H100, H200), at widths C that are multiples of 8. On older cards it is a loop that waits at every
-    call, and on Blackwell gradients of empty groups are garbage (pytorch issue 172439)."""
-    return device.type == 'cuda' and C % 8 == 0 and torch.cuda.get_device_properties(device).major == 9
-
-
-def grouped_dtype(x):
-    """The type in which F.grouped_mm shall multiply all groups of rows of x (M, C) at once, or None for one product per
-    group."""
-    kind = x.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    return dtype if dtype == torch.bfloat16 and has_grouped_mm(x.device, x.size(-1)) else None
-
-
-def sort_rows(group, G, on_device):
-    """Sort rows by group (M, K) int64, K rows of each token, where G stands for no group -> Plan. on_device: leave the
-    sizes there."""
-    K = group.size(1)
-    group, order = group.flatten().short().sort(stable=True)  # a GPU sorts a few bits at a time: of 64, in 21 kernels
-    inverse = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-    groups = torch.arange(G, dtype=group.dtype, device=group.device)
-    ends = torch.searchsorted(group, groups, right=True, out_int32=True)
-    if on_device:
-        member = (group == groups.unsqueeze(1)).float()
-        return Plan(order // K, inverse, None, group.clamp(max=G - 1).int(), member, ends, (group == G).unsqueeze(1))
-    ends = [0, *ends.tolist(), len(order)]
-    return Plan(order // K, inverse, [end - start for start, end in itertools.pairwise(ends)], *[None] * 4)
-
-
-def by_group(fn, pool, x, plan, width):
-    """fn(module, rows) of every group: x (R, in), in the sorted order of `plan` -> (R, width), in the same order.
-    Rows of no group give zeros."""
-    modules, stack = pool
-    if plan.sizes is None:
-        return fn(stack, x, plan)
-    *parts, idle = x.split(plan.sizes)
-    # In training a module that no token chose still multiplies its zero rows: its gradient is zero, not missing.
-    y = [fn(m, rows) for m, rows in zip(modules, parts) if len(rows) or torch.is_grad_enabled()]
-    if len(idle):
-        y.append(torch.zeros(len(idle), width, dtype=y[0].dtype if y else x.dtype, device=x.device))
-    return y[0] if len(y) == 1 else torch.cat(y)
-
-
-def assemble(fn, pool, x, d, weighted):
-    """Sum over each token's own selection: sum_k fn(module_k, x), or sum_k r_k * fn(module_k, x) if weighted.
-
-    fn: qkv_in, attn_out or ffn; pool: its modules; x (M, in); d: the Decision, or the number of the one module that
-    all tokens take with weight 1. A token that selected only SKIP gets zeros.
-    """
-    modules, _ = pool
-    if isinstance(d, int):
-        return fn(modules[d], x)
-    if d.plan is None:  # every token takes every module: nothing to sort
-        weights = torch.zeros_like(d.weights).scatter(1, d.ids, d.weights)  # in the order of the modules
-        y = [fn(m, x) for m in modules]
-        return sum(one * weights[:, i:i + 1].to(one.dtype) if weighted else one for i, one in enumerate(y))
-    K, width = d.ids.size(1), 3 * x.size(1) if fn is qkv_in else x.size(1)
-    if isinstance(d.plan, list):  # one token, in decoding: the modules that it takes
-        y = [fn(modules[i], x) * d.weights[:, k:k + 1].to(x.dtype) if weighted else fn(modules[i], x)
-             for k, i in enumerate(d.plan) if i < d.N]
-        return sum(y) if y else x.new_zeros(1, width)
-    y = by_group(fn, pool, x.index_select(0, d.plan.token), d.plan, width)
-    y = y.index_select(0, d.plan.inverse).view(len(x), K, -1)
-    return (y * d.weights.unsqueeze(-1).to(y.dtype) if weighted else y).sum(1)
-
-
-def subsets(N, K, skip):
-    """All sets of modules that K picks of N modules (and SKIP) can leave: K of them, or K - 1 beside SKIP."""
-    return [c for k in sorted({min(K, N), K - skip}) for c in itertools.combinations(range(N), k)]
-
-
-def merge(m, incidence):
-    """The q, k, v of subsets of modules as one matrix each. Eq. 5 adds them up without weights, so with
-    x^ = (x - mean) / std, sum_k (LN_k(x) W_k + b_k) = x^ (sum_k diag(g_k) W_k) + sum_k (c_k W_k + b_k), where g_k, c_k
-    are gain and bias of LN_k. m: a stack of N attention modules; incidence (S, N) of 0 and 1 -> a stack of S."""
-    with torch.autocast(m.qkv_w.device.type, enabled=False):
-        w = m.ln_w.unsqueeze(-1) * m.qkv_w                                    # (N, C, 3C)
-        b = m.qkv_b + (m.ln_b.unsqueeze(1) @ m.qkv_w).squeeze(1)
-        return Merged((incidence @ w.flatten(1)).view(-1, *w.shape[1:]), incidence @ b)
+def ffn(m, u):  # -> (M, C)
+    hidden = linear(norm(u, m.ln_w, m.ln_b), m.fc_w, m.fc_b)
+    hidden = F.gelu(hidden, approximate='tanh')  # GPT-2's form; erf differs by up to 5e-4
+    return linear(hidden, m.proj_w, m.proj_b)
 
 
 def attend(qkv, n_head, B, cache=None, step=0, count=None):
-    """Causal softmax attention of Eq. 5 over assembled q, k, v. (M, 3C) -> (M, C); M is B sequences of T."""
+    """The causal softmax attention of Eq. 5: assembled q, k, v (M, 3C) -> (M, C).
+
+    M is B sequences of T tokens. cache, step, count: in decoding; see sample.Cache.
+    """
     M, C = qkv.size(0), qkv.size(1) // 3
     q, k, v = qkv.view(B, M // B, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
     mask, causal = None, True
@@ -443,220 +148,289 @@ def attend(qkv, n_head, B, cache=None, step=0, count=None):
     return a.transpose(1, 2).reshape(M, C)
 
 
-class Chunk(nn.Module):
-    """Pools of modules, routers, and H assembly steps (Eq. 4). Its assembling function phi is one of
+# ----------------------------------------------------------------------------- router (3.3)
 
-    vanilla      one module, one step: a block of GPT-2
-    mom          the top K of R^A, the top K of R^F (Eq. 5, 6)
-    layer_skip   module h or SKIP, by the scores of these two alone (Eq. 9)
-    early_exit   the same, but once a token skips, it skips all that follows in the chunk, of both kinds
-    share        module c_share[h], no router (Eq. 10)
-    moe          the layer's attention, the top K of its experts (Eq. 11)
-    moe_share    attention h, the top K of the chunk's feed-forward modules
-    mod          a vanilla block for the tokens that it chooses of a sequence: see on_chosen_tokens
+class Router(nn.Module):
+    """Scores the E entries of a pool, its modules and SKIP, for every token (Eq. 2, 7, 8).
+
+    The input is the residual stream itself, not normalised. The state is per token and passes from
+    one step to the next; nothing flows between tokens. 'linear' is the gate of a Mixtral layer: one
+    matrix per step, on the normalised stream, no state. Under autocast the arithmetic stays in the
+    weights' own type, fp32 in training.
+
+    router_start='layers' is not the paper's: r = W s_h + b_h, with a learned b_h for each step. It
+    begins at 1 for the modules whose turn it is and at 0 for all others, and W begins at a hundredth
+    of its size. If H >= N, phase two begins as the model that phase one ended with.
     """
 
-    def __init__(self, cfg, shape):
+    def __init__(self, cfg, E, H, N=1):
+        super().__init__()
+        C, R, self.E, self.bias = cfg.n_embd, cfg.router_dim, E, None
+        self.gru = nn.GRUCell(C, R) if cfg.router == 'gru' else None
+        self.mlp = nn.Linear(C, R) if cfg.router == 'mlp' else None
+        self.gates = nn.Linear(C, H * E, bias=False) if cfg.router == 'linear' else None
+        self.out = nn.Linear(R, E, bias=False) if self.gates is None else None  # W; its last row is SKIP's
+        if cfg.router_start == 'layers':
+            self.out.weight.data.mul_(0.01)
+            self.bias = nn.Parameter(torch.zeros(H, E))
+            for i in range(N):  # with H > N some steps are nobody's, with H < N several modules share one
+                self.bias.data[i * H // N, i] = 1
+
+    def forward(self, x, s, h):
+        """x (M, C), state s (M, R), or None for s_0 = 0, step h -> scores r (M, E) and the next state."""
+        with torch.autocast(x.device.type, enabled=False):
+            if self.gates:
+                W = self.gates.weight.view(-1, self.E, x.size(-1))[h]
+                return F.linear(norm(x.to(W.dtype)), W), None
+            x = x.to(self.out.weight.dtype)
+            if self.gru:
+                s = gru(self.gru, x, s)                       # Eq. 7
+            else:
+                s = F.gelu(self.mlp(x), approximate='tanh')   # Appendix D.1
+            r = self.out(s)                                   # Eq. 8
+            return r if self.bias is None else r + self.bias[h], s
+
+
+def top_k(r, K, router_weights, tau):
+    """TopK of section 3.2: scores r (M, E) -> ids (M, K) and weights (M, K), the highest first.
+
+    SKIP can be among a token's picks, at most once; nothing is renormalised then. The softmax is
+    over all entries, then divided by the sum over the selected, SKIP included.
+    If K = E there is nothing to choose: all entries, in their order.
+    """
+    if K == r.size(1):
+        weights, ids = r, torch.arange(K, device=r.device).expand_as(r)
+    else:
+        weights, ids = r.topk(K, dim=-1)
+    if router_weights == 'softmax':
+        p = (r / tau).softmax(-1).gather(-1, ids)
+        weights = p / p.sum(-1, keepdim=True)
+    return ids, weights
+
+
+def balance_loss(r, ids, tau):
+    """The load-balancing loss of Switch Transformers (Fedus et al. 2022): E * sum of share * probability.
+
+    share: the part of the picks ids (M, K) that fell on an entry; probability: the mean of
+    softmax(r / tau) over the tokens, r (M, E). It is 1 when all entries are picked alike, and more when
+    picks and probabilities pile up on the same entries.
+    """
+    share = F.one_hot(ids, r.size(1)).to(r.dtype).mean(dim=(0, 1))
+    return r.size(1) * (share * (r / tau).softmax(-1).mean(dim=0)).sum()
+
+
+# ----------------------------------------------------------------------------- phi, the choice (3.1, 3.5)
+# phi -> what decides which modules a step applies, of attention and of feed-forward:
+#   only    the first module               each    module h at step h
+#   listed  module c_share[h]              routed  the router
+PHI = {
+    'vanilla': ('only', 'only'),         # a block of GPT-2
+    'mom': ('routed', 'routed'),         # the top K of R^A and of R^F (Eq. 5, 6)
+    'layer_skip': ('routed', 'routed'),  # module h or SKIP, by these two scores alone (Eq. 9)
+    'early_exit': ('routed', 'routed'),  # the same, but who has skipped skips all that follows
+    'share': ('listed', 'listed'),       # Eq. 10
+    'moe': ('only', 'routed'),           # the layer's attention, the top K of its experts (Eq. 11)
+    'moe_share': ('each', 'routed'),     # attention h, the top K of the chunk's feed-forward modules
+    'mod': ('only', 'only'),             # GPT-2's block for some tokens; see Chunk.on_chosen_tokens
+}
+ONE_OR_SKIP = ('layer_skip', 'early_exit')
+
+# What a chunk is made of. layers_A, layers_F: the layers of the chunk that its modules are
+# (counted from 0). N_A, N_F: how many modules there are; only under `tied` more than layers.
+Plan = namedtuple('Plan', 'phi H N_A N_F layers_A layers_F')
+
+
+def plan_chunk(cfg, i):
+    """The Plan of chunk i. 'moe' and 'mod' work on layers, chunks of 1; 'mod' on every other one."""
+    N = cfg.sizes[i]
+    if N == 1 and cfg.phi != 'moe' and not (cfg.phi == 'mod' and i % 2):
+        return Plan('vanilla', 1, 1, 1, [0], [0])
+    layers_A = cfg.keep_A or list(range(cfg.N_A or N))
+    layers_F = cfg.keep_F or list(range(cfg.N_F or N))
+    if cfg.phi == 'share':
+        layers_A = layers_F = sorted(set(cfg.c_share))
+    if cfg.phi == 'moe':
+        layers_F = [0] * cfg.experts  # experts begin as copies of the layer's own
+    N_A, N_F = len(layers_A), len(layers_F)
+    if cfg.tied:
+        layers_A, layers_F = layers_A[:1], layers_F[:1]
+    H = {'mom': cfg.H, 'share': len(cfg.c_share)}.get(cfg.phi, N)
+    return Plan(cfg.phi, H, N_A, N_F, layers_A, layers_F)
+
+
+# What one step applies, of attention (kind 'A') or feed-forward ('F'); under MoD, which tokens go
+# through a block ('T'). N: modules of the pool, and the id of SKIP. ids (M, K), weights (M, K): the
+# picks of each token, or None where all take one module with weight 1. aux: a loss of its own, or
+# None. route: the picks as they are carried out; see sort_picks.
+Decision = namedtuple('Decision', 'kind step N ids weights aux route')
+
+
+# ----------------------------------------------------------------------------- assembly (3.2)
+
+def assemble(fn, modules, x, d, weighted=True):
+    """The sums of Eq. 5 and 6 over each token's own picks k: sum_k r_k fn(module_k, x) -> (M, out).
+
+    fn: qkv, attn_out or ffn; modules: a Modules; x (M, in); d: the Decision. weighted=False leaves
+    r_k out. A token that picked only SKIP gets zeros.
+    """
+    total = None
+    for k, y in each_pick(fn, modules, x, d.route, d.N):  # y (M, out): what the k-th picks make of x
+        if weighted and d.weights is not None:
+            y = y * d.weights[:, k:k + 1].to(y.dtype)
+        total = y if total is None else total + y
+    return total
+
+
+class Chunk(nn.Module):
+    """Pools of modules, routers, and H assembly steps (Eq. 4)."""
+
+    def __init__(self, cfg, plan):
         super().__init__()
         C, R = cfg.n_embd, cfg.router_dim
-        self.cfg, self.phi, self.H, self.N_A, self.N_F = cfg, shape.phi, shape.H, shape.N_A, shape.N_F
-        self.attn = attention_pool(len(shape.layers_A), shape.N_A, C)
-        self.ffn = ffn_pool(len(shape.layers_F), shape.N_F, C)
-        one, each = [0], list(range(shape.H))  # the modules of the steps where no router decides
-        self.fixed_A = {'vanilla': one, 'mod': one, 'moe': one, 'moe_share': each, 'share': cfg.c_share}.get(self.phi)
-        self.fixed_F = {'vanilla': one, 'mod': one, 'share': cfg.c_share}.get(self.phi)
-        self.router_a = None if self.fixed_A else Router(cfg, shape.N_A + cfg.skip, shape.H, shape.N_A)
-        self.router_f = None if self.fixed_F else Router(cfg, shape.N_F + cfg.skip, shape.H, shape.N_F)
-        self.router_t = Router(cfg, 1, 1) if self.phi == 'mod' else None
-        self.predictor = nn.Sequential(nn.Linear(C, R), nn.GELU(), nn.Linear(R, 1)) if self.phi == 'mod' else None
-        self.S, K = 0, min(cfg.K, shape.N_A + cfg.skip)
-        mergeable = self.router_a and K > 1 and not cfg.weigh_qkv and shape.N_A <= 16
-        if mergeable and len(subsets(shape.N_A, K, cfg.skip)) <= MOST_SUBSETS:
-            sets = subsets(shape.N_A, K, cfg.skip)
-            self.S = len(sets)
-            table = torch.full((2 ** shape.N_A,), self.S)           # a set, as bits -> its number
-            table[[sum(2 ** i for i in one) for one in sets]] = torch.arange(self.S)
-            self.register_buffer('subset', table, persistent=False)
-            self.register_buffer('incidence', torch.tensor([[float(i in one) for i in range(shape.N_A)]
-                                                            for one in sets]), persistent=False)
+        self.cfg, self.plan, self.phi, self.H = cfg, plan, plan.phi, plan.H
+        self.N_A, self.N_F = plan.N_A, plan.N_F
+        self.rule_A, self.rule_F = PHI[plan.phi]
+        self.attn = Pool(Attention, plan.N_A, len(plan.layers_A), C)
+        self.ffn = Pool(FeedForward, plan.N_F, len(plan.layers_F), C)
+        routed_A, routed_F = self.rule_A == 'routed', self.rule_F == 'routed'
+        E_A, E_F = self.N_A + cfg.skip, self.N_F + cfg.skip
+        self.router_a = Router(cfg, E_A, self.H, self.N_A) if routed_A else None
+        self.router_f = Router(cfg, E_F, self.H, self.N_F) if routed_F else None
+        self.K_A, self.K_F = min(cfg.K, E_A), min(cfg.K, E_F)  # a pool with fewer than K offers all it has
+        self.router_t = self.predictor = None
+        if self.phi == 'mod':
+            self.router_t = Router(cfg, 1, 1)
+            self.predictor = nn.Sequential(nn.Linear(C, R), nn.GELU(), nn.Linear(R, 1))
+            share = min(cfg.capacity, 0.999)  # at first each token is chosen as often as tokens are
+            nn.init.constant_(self.predictor[-1].bias, math.log(share / (1 - share)))
+        self.prepare_merging()
 
     def choose(self, kind, x, h, state):
-        """phi (Eq. 3): what step h applies to x (M, C), of attention (kind 'A') or feed-forward ('F').
+        """phi (Eq. 3): the Decision of step h about the tokens x (M, C).
 
-        state: a dict that lives as long as one forward pass, with router states and with who has exited.
-        Returns the number of the module that all tokens take, or a Decision.
+        state: a dict that lives for one forward pass, with router states and with who has exited.
         """
-        router, fixed, N = ((self.router_a, self.fixed_A, self.N_A) if kind == 'A' else
-                            (self.router_f, self.fixed_F, self.N_F))
-        if router is None:
-            return fixed[h]
+        router, rule, N, K = ((self.router_a, self.rule_A, self.N_A, self.K_A) if kind == 'A' else
+                              (self.router_f, self.rule_F, self.N_F, self.K_F))
+        if rule != 'routed':
+            listed = rule == 'listed' and self.plan.layers_A.index(self.cfg.c_share[h])
+            i = {'only': 0, 'each': h, 'listed': listed}[rule]
+            return Decision(kind, h, N, None, None, None, [i])
         r, state[kind] = router(x, state.get(kind), h)
-        one_or_skip = self.phi in ('layer_skip', 'early_exit')
-        if one_or_skip:  # of all scores, module h's and SKIP's
+        if self.phi in ONE_OR_SKIP:  # of all scores those of module h and of SKIP
             r = torch.stack((r[:, h], r[:, N]), dim=1)
-        ids, weights = top_k(r, min(self.cfg.K, r.size(1)), self.cfg.router_weights, self.cfg.tau)
+        ids, weights = top_k(r, K, self.cfg.router_weights, self.cfg.tau)
         aux = None
         if self.cfg.balance and self.training:
-            aux = self.cfg.balance * balance_loss(r, ids, self.cfg.tau)
-        if one_or_skip:
+            tau = self.cfg.tau if self.cfg.router_weights == 'softmax' else 1.0
+            aux = self.cfg.balance * balance_loss(r, ids, tau)
+        if self.phi in ONE_OR_SKIP:
             ids = torch.where(ids == 0, h, N)
         if self.phi == 'early_exit':
             state['gone'] = (ids == N) | state.get('gone', False)
             ids = ids.masked_fill(state['gone'], N)
-        on_device = grouped_dtype(x) is not None
-        if ids.size(1) == N + self.cfg.skip:
-            plan = None  # all tokens take all modules
-        elif len(x) == 1 and not on_device and not torch.is_grad_enabled():
-            plan = ids[0].tolist()
-        else:
-            plan = sort_rows(ids, N, on_device)
-        return Decision(kind, h, N, ids, weights, plan, aux)
+        return self.decision(kind, h, ids, weights, x, aux)
 
-    def pools(self, x, keep=False):
-        """The modules as one forward pass over x (M, C) uses them: attention; q, k, v merged by subset, or None;
-        feed-forward. Each is a list of modules and, if F.grouped_mm is to take them, one stack in its type.
-
-        keep: they will be used again and again without gradients, so merging always pays, and the layout matters.
-        """
-        stacks = [self.attn.stack(), None, self.ffn.stack()]
-        K = min(self.cfg.K, self.N_A + self.cfg.skip)
-        # Merging writes S matrices once; each step then multiplies every token by one matrix, not K.
-        if self.S and (keep or len(x) * self.H * (K - 1) >= 256 * self.S):
-            stacks[1] = merge(stacks[0], self.incidence.to(self.attn.qkv_w.dtype))
-        # Once per forward pass: the backward of unbind is one stack, with zeros for a module that no token chose.
-        modules = [one and [type(one)(*m) for m in zip(*(p.unbind(0) for p in one))] for one in stacks]
-        dtype = grouped_dtype(x)
-        if dtype is not None:
-            stacks = [one and type(one)(*(p.to(dtype) if p.ndim == 3 else p for p in one)) for one in stacks]
-        return [one and (one, stack) for one, stack in zip(modules, stacks)]
-
-    def qkv(self, attn, merged, x, d):
-        """The sums inside Eq. 5: x (M, C) -> (M, 3C). They are unweighted there; under weigh_qkv r weighs them too."""
-        if merged is None or isinstance(d, int):
-            return assemble(qkv_in, attn, x, d, weighted=self.cfg.weigh_qkv)
-        x = F.layer_norm(x, x.shape[-1:], eps=1e-5)
-        if self.S == 1:
-            return qkv_merged(merged[0][0], x)
-        if isinstance(d.plan, list):
-            return qkv_merged(merged[0][int(self.subset[sum(1 << i for i in d.plan if i < d.N)])], x)
-        bits = (1 << d.ids).masked_fill(d.ids == d.N, 0).sum(1, keepdim=True)
-        plan = sort_rows(self.subset[bits], self.S, grouped_dtype(x) is not None)
-        y = by_group(qkv_merged, merged, x.index_select(0, plan.token), plan, 3 * x.size(1))
-        return y.index_select(0, plan.inverse)
+    def decision(self, kind, h, ids, weights, x, aux=None):
+        """The Decision that tokens x (M, C) take the picks ids (M, K), in any order, with these weights."""
+        N = self.N_A if kind == 'A' else self.N_F
+        everything = ids.size(1) == N + self.cfg.skip
+        return Decision(kind, h, N, ids, weights, aux, sort_picks(ids, N, everything, x))
 
     def steps(self, x, cache=None, first_step=0, count=None):
-        """Eq. 4, H times: x (B, T, C) -> (B, T, C) and the routers' Decisions."""
+        """Eq. 4, H times: x (B, T, C) -> (B, T, C) and the routers' Decisions. See forward."""
         B, T, C = x.shape
         x = x.reshape(B * T, C)
-        attn, merged, ffns = cache.pools(self, x, first_step) if cache else self.pools(x)
+        pools = cache.pools(self, x, first_step) if cache else self.pools(x)
         state, decisions = {}, []
         for h in range(self.H):
-            d = self.choose('A', x, h, state)
-            a = attend(self.qkv(attn, merged, x, d), self.cfg.n_head, B, cache, first_step + h, count)
-            x = x + assemble(attn_out, attn, a, d, weighted=True)  # u = x + F^A(x)
-            decisions.append(d)
-            d = self.choose('F', x, h, state)
-            x = x + assemble(ffn, ffns, x, d, weighted=True)       # x = u + F^F(u), Eq. 6
-            decisions.append(d)
-        return x.view(B, T, C), [d for d in decisions if isinstance(d, Decision)]
+            d_A = self.choose('A', x, h, state)
+            a = attend(self.qkv(pools, x, d_A), self.cfg.n_head, B, cache, first_step + h, count)
+            u = x + assemble(attn_out, pools.attn, a, d_A)  # u = x + F^A(x), Eq. 5
+            d_F = self.choose('F', u, h, state)
+            x = u + assemble(ffn, pools.ffn, u, d_F)        # x = u + F^F(u), Eq. 6
+            decisions += [d for d in (d_A, d_F) if d.ids is not None]
+        return x.view(B, T, C), decisions
+
+    def qkv(self, pools, x, d):
+        """The inner sums of Eq. 5: tokens x (M, C) -> their q, k, v (M, 3C). They are unweighted there."""
+        if pools.merged is None or d.ids is None:
+            return assemble(qkv, pools.attn, x, d, weighted=self.cfg.weigh_qkv)
+        return assemble(merged_qkv, pools.merged, x, self.by_subset(x, d))
 
     def on_chosen_tokens(self, x, cache=None, first_step=0, count=None):
-        """Mixture-of-depths (Raposo et al. 2024): the block sees some tokens of a sequence, the others pass by.
+        """Mixture-of-depths (Raposo et al. 2024): the block sees some tokens, the others pass by.
 
-        In training the tokens are those with the highest scores, `capacity` of the sequence. That looks at the
-        future; so in eval mode, and in generation, a predictor says for each token by itself whether it would have
-        been among them. It learns beside the model, from a cross-entropy that sends no gradient into it.
+        In training these are the tokens with the highest scores, `capacity` of each sequence. That
+        looks at the future. So in eval mode, and in generation, a predictor says for each token by
+        itself whether it would have been among them. It learns beside the model, from a cross-entropy
+        that sends no gradient into it.
         """
         B, T, C = x.shape
         score = self.router_t(x.reshape(B * T, C), None, 0)[0].view(B, T, 1)
-        member = self.predictor(x.detach().to(score.dtype)).squeeze(-1)            # (B, T), a logit
+        member = self.predictor(x.detach().to(score.dtype)).squeeze(-1)  # (B, T), a logit
+        aux = None
         if self.training:
-            best = score.squeeze(-1).topk(max(1, round(self.cfg.capacity * T)), dim=1).indices
+            longest = max(1, round(self.cfg.capacity * T))
+            best = score.squeeze(-1).topk(longest, dim=1).indices
             chosen = torch.zeros_like(member, dtype=torch.bool).scatter(1, best, True)
-            aux, longest = F.binary_cross_entropy_with_logits(member, chosen.to(member.dtype)), best.size(1)
+            aux = F.binary_cross_entropy_with_logits(member, chosen.to(member.dtype))
         else:
-            chosen, aux = member > 0, None
-            if count is not None:  # what stands after the count-th token of a sequence is padding
+            chosen = member > 0
+            if count is not None:  # what stands after the first `count` tokens is padding
                 chosen = chosen & (torch.arange(T, device=x.device) < count.unsqueeze(1))
             longest = max(1, int(chosen.sum(1).max()))
-        # The chosen ones of each sequence in their order, then some others to fill the rows: as they come last,
-        # no chosen token attends to them, and what they get is dropped.
-        rows = chosen.int().argsort(dim=1, descending=True, stable=True)[:, :longest].unsqueeze(-1)  # (B, longest, 1)
-        part = x.gather(1, rows.expand(-1, -1, C))
+        # The chosen ones of each sequence in their order, then some others to fill the rows. As they
+        # come last, no chosen token attends to them, and what they get is dropped.
+        rows = chosen.int().argsort(dim=1, descending=True, stable=True)[:, :longest].unsqueeze(-1)
+        part = x.gather(1, rows.expand(-1, -1, C))  # (B, longest, C)
         y, _ = self.steps(part, cache, first_step, chosen.sum(1))
         weight = (score * chosen.unsqueeze(-1)).gather(1, rows)
         x = x.scatter_add(1, rows.expand(-1, -1, C), weight.to(x.dtype) * (y - part))
-        ids = 1 - chosen.int().view(-1, 1)                                         # 0 the block, 1 SKIP
-        return x, [Decision('T', 0, 1, ids, score.view(-1, 1), None, aux)]
+        ids = 1 - chosen.int().view(-1, 1)  # 0 the block, 1 SKIP
+        return x, [Decision('T', 0, 1, ids, score.view(-1, 1), aux, None)]
 
     def forward(self, x, cache=None, first_step=0, count=None):
-        """x (B, T, C) -> (B, T, C) and Decisions. first_step: the number of this chunk's first step in the cache;
-        count (B,): how many of the T tokens are real, if the sequences are not equally long."""
-        return (self.on_chosen_tokens if self.phi == 'mod' else self.steps)(x, cache, first_step, count)
+        """x (B, T, C) -> (B, T, C) and Decisions.
 
-
-class Cache:
-    """What generation keeps: one K and one V per token and executed step, whatever its K modules; merged matrices."""
-
-    def __init__(self, cfg, B, device, dtype, size=None):
-        """size: most tokens of a sequence (block_size if None)."""
-        shape = B, cfg.n_head, size or cfg.block_size, cfg.n_embd // cfg.n_head
-        # zeros: what a mask hides is multiplied by 0 all the same, and 0 * nan is nan
-        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.depth)] for _ in 'kv')
-        self.used = torch.zeros(cfg.depth, B, dtype=torch.int64, device=device)  # entries, where sequences differ
-        self.length = 0  # tokens of the longest sequence; GPT moves it on after all chunks have run
-        self.ready = {}
-
-    def pools(self, chunk, x, first_step):
-        """Chunk.pools, once for all tokens, in the layout from which the CPU reads a matrix fastest to multiply it with
-        one row: (in, out) in fp32, (out, in) in bf16."""
-        if first_step not in self.ready:
-            pools = chunk.pools(x, keep=True)
-            if x.device.type == 'cpu' and chunk.attn.qkv_w.dtype == torch.bfloat16:
-                pools = [one and ([type(m)(*(p.t().contiguous().t() if p.ndim == 2 else p for p in m)) for m in one[0]],
-                                  None) for one in pools]
-            self.ready[first_step] = pools
-        return self.ready[first_step]
-
-    def extend(self, step, k, v, count=None):
-        """Append k, v (B, nh, T, hs) of the new tokens; or, where sequences differ, of the first count (B,) of each.
-
-        Returns all keys and values (B, nh, S, hs), a mask of who sees whom (B, 1, T, S) or None, and whether it is
-        the plain causal one instead.
+        cache: in decoding, a sample.Cache; first_step: the number of this chunk's first step in it;
+        count (B,): the first `count` of the T tokens of a sequence are real (None: all are).
         """
-        T, S = k.size(2), self.length + k.size(2)
-        if count is None:
-            self.k[step][:, :, self.length:S], self.v[step][:, :, self.length:S] = k, v
-            mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=k.device).tril(S - T)
-            return self.k[step][:, :, :S], self.v[step][:, :, :S], mask, T == S > 1
-        slots = self.used[step].view(-1, 1, 1, 1) + torch.arange(T, device=k.device).view(1, 1, T, 1)
-        for mine, new in ((self.k[step], k), (self.v[step], v)):
-            mine.scatter_(2, slots.expand_as(new), new)
-        self.used[step] += count  # entries after the count-th are padding, which the next tokens overwrite
-        mask = torch.arange(S, device=k.device) <= slots
-        return self.k[step][:, :, :S], self.v[step][:, :, :S], mask, False
+        run = self.on_chosen_tokens if self.phi == 'mod' else self.steps
+        return run(x, cache, first_step, count)
 
-    def reorder(self, rows):  # sequence b becomes what sequence rows[b] was
-        self.k, self.v = ([t.index_select(0, rows) for t in side] for side in (self.k, self.v))
-        self.used = self.used[:, rows]
+    # Merging by subset: see fused routing.
+
+    def prepare_merging(self):
+        """self.S, how many subsets of attention modules can be picked, or 0 if q, k, v are not merged."""
+        self.S = 0
+        if self.rule_A == 'routed' and self.K_A > 1 and not self.cfg.weigh_qkv and self.N_A <= 16:
+            sets = subsets(self.N_A, self.K_A, self.cfg.skip)
+            if len(sets) <= MOST_SUBSETS:
+                self.S = len(sets)
+                self.register_buffer('subset', subset_numbers(sets, self.N_A), persistent=False)
+                self.register_buffer('incidence', incidence(sets, self.N_A), persistent=False)
+
+    def by_subset(self, x, d):
+        """A Decision about modules -> the same about their subsets: every token takes one of S."""
+        number = subset_of(d.ids, d.N, self.subset)
+        route = sort_picks(number, self.S, self.S == 1, x)
+        return d._replace(N=self.S, ids=number, weights=None, route=route)
+
+    def pools(self, x, keep=False):
+        """The modules as one forward pass over x (M, C) uses them -> Pools.
+
+        keep: they will be used again and again without gradients, so that merging always pays.
+        """
+        attn, merged = self.attn.stack(), None
+        # Merging writes S matrices once; then each step multiplies a token by one matrix, not by K.
+        if self.S and (keep or len(x) * self.H * (self.K_A - 1) >= 256 * self.S):
+            merged = merge(attn, self.incidence.to(attn.qkv_w.dtype))
+        dtype = grouped_dtype(x)
+        return Pools(unstack(attn, dtype), merged and unstack(merged, dtype), unstack(self.ffn.stack(), dtype))
 
 
 # ----------------------------------------------------------------------------- the model
-
-def pick(logits, temperature, top_k, top_p):
-    """logits (B, V) -> one token of each row (B,)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    p = (logits / temperature).softmax(-1)
-    if top_p is not None:
-        ranked, ids = p.sort(descending=True)
-        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # what stands before it already holds the share
-        p = torch.zeros_like(p).scatter(1, ids, ranked)
-    return p.multinomial(1).squeeze(1)
-
 
 class GPT(nn.Module):
     """GPT-2, vanilla or assembled, with its head tied to the token embedding."""
@@ -664,20 +438,20 @@ class GPT(nn.Module):
     def __init__(self, cfg):
         super().__init__()
         self.cfg = cfg
-        self.checkpointing = False  # True: keep only the inputs of chunks for the backward pass, compute the rest again
+        self.checkpointing = False  # True: keep the chunks' inputs only, and compute the rest again
         self.wte = nn.Embedding(cfg.vocab_size, cfg.n_embd)
         self.wpe = nn.Embedding(cfg.block_size, cfg.n_embd)
-        self.chunks = nn.ModuleList(Chunk(cfg, shape) for shape in cfg.shapes)
+        self.chunks = nn.ModuleList(Chunk(cfg, plan) for plan in cfg.plans)
         self.ln_f = nn.LayerNorm(cfg.n_embd)
         self.init_weights()
 
     @torch.no_grad()
     def init_weights(self):
         """
-        embeddings, qkv_w, fc_w   normal(0, std), std = 0.02 as GPT-2, more below its width of 768: 0.02 sqrt(768 / C)
-        out_w, proj_w             normal(0, std / sqrt(2 * depth)): they add to the residual stream twice a step
+        embeddings, qkv_w, fc_w   normal(0, std): 0.02 as GPT-2; below its width 0.02 sqrt(768 / C)
+        out_w, proj_w             normal(0, std / sqrt(2 * depth)): two of them are added at each step
         LayerNorm                 weight 1, bias 0; other biases 0
-        routers                   PyTorch's defaults, uniform(+-1/sqrt(R)) for the GRU (the paper: "randomly")
+        routers                   PyTorch's defaults, uniform(+-1/sqrt(R)) for the GRU
         """
         std = 0.02 * max(1, math.sqrt(768 / self.cfg.n_embd))
         nn.init.normal_(self.wte.weight, std=std)
@@ -688,25 +462,24 @@ class GPT(nn.Module):
                     nn.init.ones_(p)
                 elif name.endswith('_b'):
                     nn.init.zeros_(p)
+                elif name in ('out_w', 'proj_w'):
+                    nn.init.normal_(p, std=std / math.sqrt(2 * self.cfg.depth))
                 else:
-                    deep = name in ('out_w', 'proj_w')
-                    nn.init.normal_(p, std=std / math.sqrt(2 * self.cfg.depth) if deep else std)
+                    nn.init.normal_(p, std=std)
 
     def features(self, idx, cache=None, count=None):
-        """Token ids (B, T) -> what the head sees, (B, T, C), after the final LayerNorm, and each chunk's Decisions.
+        """Token ids (B, T) -> what the head sees, (B, T, C), and the Decisions of each chunk.
 
-        With a cache, idx holds the tokens that follow those already in it; count (B,) says how many of each row are
-        real if the sequences differ in length, and has to be given from the first call on then.
-        Raises ValueError if the sequence is longer than block_size.
+        With a cache (sample.Cache) idx holds the tokens that follow those in it. count (B,): the first
+        `count` of a row's tokens are real; to be given from the first call on if rows differ in length.
+        Raises ValueError if a sequence is longer than block_size.
         """
-        start = 0 if cache is None else cache.length
-        end = start + idx.size(1)
+        T = idx.size(1)
+        end = T + (cache.length if cache else 0)
         if end > self.cfg.block_size:
-            raise ValueError(f'a sequence of {end} tokens is longer than block_size={self.cfg.block_size}: cut it')
-        at = torch.arange(start, end, device=idx.device)
-        if count is not None:  # each row goes on where its own tokens end
-            at = (cache.tokens.unsqueeze(1) + at - start).clamp(max=self.cfg.block_size - 1)
-            cache.tokens = cache.tokens + count
+            raise ValueError(f'a sequence of {end} tokens is longer than '
+                             f'block_size={self.cfg.block_size}: cut it')
+        at = cache.positions(T, count) if cache else torch.arange(T, device=idx.device)
         x = self.wte(idx) + self.wpe(at)
         step, decisions = 0, []
         for chunk in self.chunks:
@@ -716,160 +489,69 @@ class GPT(nn.Module):
                 x, decided = chunk(x, cache, step, count)
             decisions.append(decided)
             step += chunk.H
-        if cache is not None:
-            cache.length = end
         return self.ln_f(x), decisions
 
     def loss(self, x, targets):
-        """Features (B, T, C), targets (B, T) int64 -> mean cross-entropy in nats per token; a target of -100 counts for
-        nothing. Logits exist for a part of the tokens at a time, at most 2^25 of them."""
+        """Features x (B, T, C), targets (B, T) int64 -> mean cross-entropy in nats per token.
+
+        A target of -100 counts for nothing; without any other the loss is 0. Logits exist for a part
+        of the tokens at a time, at most 2^25 numbers.
+        """
         x, targets = x.flatten(0, 1), targets.flatten()
         rows = max(1, 2 ** 25 // self.cfg.vocab_size)
         if len(x) <= rows:
-            return F.cross_entropy(F.linear(x, self.wte.weight).float(), targets)
-        full = x.dtype == torch.float32 and not torch.is_autocast_enabled(x.device.type)
-        if full and hasattr(F, 'linear_cross_entropy'):  # not in every torch; in bf16 it rounds the loss itself to bf16
-            return F.linear_cross_entropy(x, self.wte.weight, targets, options=torch.nn.LinearCrossEntropyOptions(
-                batch_chunk_size=rows, chunking_method=None, acc_policy='accurate'))
+            return cross_entropy(F.linear(x, self.wte.weight), targets)
 
         def part(x, targets):
-            return F.cross_entropy(F.linear(x, self.wte.weight).float(), targets, reduction='sum')
-        sums = (checkpoint(part, x, t, use_reentrant=False) if torch.is_grad_enabled() else part(x, t)
-                for x, t in zip(x.split(rows), targets.split(rows)))
-        return sum(sums) / (targets != -100).sum()
+            return cross_entropy(F.linear(x, self.wte.weight), targets, reduction='sum')
+        total = 0
+        for some, its_targets in zip(x.split(rows), targets.split(rows)):
+            if torch.is_grad_enabled():
+                total = total + checkpoint(part, some, its_targets, use_reentrant=False)
+            else:
+                total = total + part(some, its_targets)
+        return total / (targets != -100).sum().clamp(min=1)
 
     def forward(self, idx, targets=None, want_logits=True):
-        """idx (B, T) int64 -> logits (B, T, V) and the mean cross-entropy in nats per token (None without targets).
+        """idx (B, T) int64 -> logits (B, T, V) and the mean cross-entropy in nats per token, or None.
 
-        targets (B, T) int64; -100 counts for nothing. want_logits=False gives None for them, and saves their memory.
-        In training mode the auxiliary losses (`balance`, the predictor of MoD) add their gradients to the loss, not
-        their values: what is printed stays the cross-entropy.
+        targets (B, T) int64; -100 counts for nothing. want_logits=False gives None for the logits and
+        saves their memory. In training mode the auxiliary losses (`balance`, the predictor of MoD) add
+        their gradients to the loss, not their values: what is printed stays the cross-entropy.
         """
         x, decisions = self.features(idx)
         logits = F.linear(x, self.wte.weight) if want_logits else None
         if targets is None:
             return logits, None
-        loss = (F.cross_entropy(logits.float().flatten(0, 1), targets.flatten()) if want_logits else
-                self.loss(x, targets))
+        if want_logits:
+            loss = cross_entropy(logits.flatten(0, 1), targets.flatten())
+        else:
+            loss = self.loss(x, targets)
         for decision in itertools.chain(*decisions):
             if decision.aux is not None:
                 loss = loss + (decision.aux - decision.aux.detach())
         return logits, loss
 
-    @torch.no_grad()
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, beams=1, stop=None, lengths=None,
-                 vocab=None):
-        """Continue each row of idx (B, T) by max_new_tokens tokens -> (B, T + max_new_tokens), or fewer if all stopped.
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **how):
+        """Continue each row of idx (B, T) by max_new_tokens tokens -> (B, T + new): sample.generate."""
+        from sample import generate
+        return generate(self, idx, max_new_tokens, temperature, top_k, **how)
 
-        temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the likeliest that hold this share of the
-        probability. beams > 1 searches for the sequence of highest mean log-probability instead. A row that has
-        produced the token `stop` is finished. lengths (B,): prompts of different lengths, padded on the right; the new
-        tokens of a row follow its prompt at once, and the rest of a row is filled with `stop` (0 without one). vocab:
-        how many ids the tokenizer has, if the model's vocabulary is padded beyond them.
-        Keys and values are cached. Positions are learned, so a text longer than block_size slides: each further token
-        sees the last block_size tokens afresh. That is for equally long rows without beams; ValueError for the others.
-        """
-        B, T = idx.shape
-        if (T < 1 or max_new_tokens < 1 or temperature < 0 or beams < 1 or top_k is not None and top_k < 1
-                or top_p is not None and not 0 < top_p <= 1):
-            raise ValueError(f'temperature={temperature} must be >= 0, top_k={top_k} >= 1 or None, top_p={top_p} above '
-                             f'0 and at most 1 or None, beams={beams} and max_new_tokens={max_new_tokens} >= 1, and '
-                             'idx not empty')
-        size = T + max_new_tokens
-        if lengths is not None and not (len(lengths) == B and 1 <= lengths.min() and lengths.max() <= T):
-            raise ValueError(f'lengths={lengths.tolist()} must give each of the {B} rows a length of 1 to {T}')
-        if size > self.cfg.block_size and (lengths is not None or beams > 1):
-            raise ValueError(f'{T} + {max_new_tokens} tokens do not fit block_size={self.cfg.block_size}: shorten the '
-                             'prompts, or take fewer new tokens')
-        training = self.training
-        self.eval()  # MoD must not look at the future
-        cache = Cache(self.cfg, B, idx.device, self.wte.weight.dtype, min(size, self.cfg.block_size))
-        if beams > 1 or lengths is not None:
-            ends = torch.full((B,), T, device=idx.device) if lengths is None else lengths.to(idx.device)
-            count, cache.tokens = ends, torch.zeros_like(ends)
-        else:
-            ends, count = torch.full((B,), T, device=idx.device), None
-        head = self.wte.weight[:vocab].t()  # (C, V)
-        if idx.device.type == 'cpu' and head.dtype == torch.float32:
-            head = head.contiguous()  # as Cache.pools: the layout to multiply one row with
-        rows = torch.arange(B, device=idx.device)
-        out = torch.full((B, size), 0 if stop is None else stop, device=idx.device)
-        out[:, :T] = torch.where(torch.arange(T, device=idx.device) < ends.unsqueeze(1), idx, out[:, :T])
-        x = self.features(idx[:, -self.cfg.block_size:], cache if T <= self.cfg.block_size else None, count)[0]
-        x = x[rows, ends.clamp(max=x.size(1)) - 1]  # (B, C)
-        if beams > 1:
-            out = self.beam_search(x, head, cache, out, ends, max_new_tokens, beams, stop)
-            self.train(training)
-            return out
-        done = torch.zeros(B, dtype=torch.bool, device=idx.device)
-        for n in range(max_new_tokens):
-            new = pick(few_rows(x, head).float(), temperature, top_k, top_p)
-            if stop is not None:
-                new = new.masked_fill(done, stop)
-                done |= new == stop
-            out[rows, ends] = new
-            ends = ends + 1
-            if n == max_new_tokens - 1 or stop is not None and done.all():
-                break
-            if T + n < self.cfg.block_size:
-                x = self.features(new.unsqueeze(1), cache, None if count is None else torch.ones_like(ends))[0][:, -1]
-            else:
-                x = self.features(out[:, T + n + 1 - self.cfg.block_size:T + n + 1])[0][:, -1]
-        self.train(training)
-        return out[:, :int(ends.max())]
-
-    def beam_search(self, x, head, cache, out, ends, max_new_tokens, beams, stop):
-        """The rest of generate(beams > 1): of each row the best finished sequence by mean log-probability.
-
-        A row ends when `beams` sequences are finished and none that still runs is better, as it stands, than the worst.
-        """
-        B, device = len(out), out.device
-        each = torch.arange(B, device=device)
-        many = each.repeat_interleave(beams)
-        cache.reorder(many)
-        cache.tokens = cache.tokens[many]
-        start = ends
-        texts = out.unsqueeze(1).repeat(1, beams, 1)                      # (B, beams, size), running
-        score = torch.full((B, beams), -math.inf, device=device)          # sums of log-probabilities
-        score[:, 0] = 0                                                   # all beams begin equal: let one speak
-        best = torch.full((B, beams), -math.inf, device=device)           # finished: means
-        kept, logp = texts.clone(), few_rows(x, head).float().log_softmax(-1)
-        logp = logp[many].view(B, beams, -1)
-        for n in range(1, max_new_tokens + 1):
-            V = logp.size(-1)
-            top, flat = (score.unsqueeze(-1) + logp).flatten(1).topk(2 * beams)  # enough, should half of them end here
-            beam, token = flat // V, flat % V
-            grown = texts[each.unsqueeze(1), beam]                        # (B, 2 beams, size)
-            grown.scatter_(2, (start + n - 1).view(B, 1, 1).expand(-1, 2 * beams, 1), token.unsqueeze(-1))
-            over = torch.zeros_like(token, dtype=torch.bool) if stop is None else token == stop
-            first = torch.arange(2 * beams, device=device) < beams
-            if n == max_new_tokens:
-                over = over | first                                       # out of room: what runs is finished as it is
-            finished = (top / n).masked_fill(~(over & first), -math.inf)
-            open_row = (best.min(1).values < score.max(1).values / max(1, n - 1)) | (best.min(1).values == -math.inf)
-            finished = finished.masked_fill(~open_row.unsqueeze(1), -math.inf)
-            best, chosen = torch.cat((best, finished), 1).topk(beams)
-            kept = torch.cat((kept, grown), 1)[each.unsqueeze(1), chosen]
-            score, go = top.masked_fill(over, -math.inf).topk(beams)
-            texts = grown[each.unsqueeze(1), go]
-            if n == max_new_tokens or bool((best.min(1).values >= score[:, 0] / n).all()):
-                break
-            cache.reorder((each.unsqueeze(1) * beams + beam.gather(1, go)).flatten())
-            new = token.gather(1, go).view(-1, 1)
-            x = self.features(new, cache, torch.ones_like(cache.tokens))[0][:, -1]
-            logp = few_rows(x, head).float().log_softmax(-1).view(B, beams, -1)
-        return kept[:, 0, :int(start.max()) + n]
+    @classmethod
+    def from_pretrained(cls, source, **overrides):
+        """A model from weights, with fields of MoMConfig changed by overrides: weights.from_pretrained."""
+        from weights import from_pretrained
+        return from_pretrained(source, **overrides)
 
     def cast(self, dtype):
-        """All weights in dtype, for inference, except those of the routers, which stay as they are. Returns self."""
+        """All weights in dtype, for inference, except those of the routers. Returns self."""
         for name, p in self.named_parameters():
-            if '.router_' not in name and '.predictor.' not in name:
+            if not is_router(name):
                 p.data = p.data.to(dtype)
         return self
 
     def fingerprint(self):
-        """A SHA-256 of the shape and of all weights: what to compare when two runs should have begun, or ended, alike.
-        Safetensors files have no checksums, so that a flipped bit in one shows here and nowhere else."""
+        """A SHA-256 of the settings and of all weights, to see whether two runs began, or ended, alike."""
         digest = hashlib.sha256(repr(asdict(self.cfg)).encode())
         for w in self.state_dict().values():
             digest.update(w.detach().cpu().contiguous().view(torch.uint8).numpy())
@@ -877,35 +559,36 @@ class GPT(nn.Module):
 
     def num_params(self):
         """(all parameters, those of the routers); the tied head counts once."""
-        routers = [p for name, p in self.named_parameters() if '.router_' in name or '.predictor.' in name]
-        return sum(p.numel() for p in self.parameters()), sum(p.numel() for p in routers)
+        sizes = {name: p.numel() for name, p in self.named_parameters()}
+        return sum(sizes.values()), sum(n for name, n in sizes.items() if is_router(name))
 
     def flops_per_token(self, T, k_a=None, k_f=None, merged=False):
         """Forward FLOPs per token at length T: 2 per multiply-add, attention over the full T, head included.
 
-        k_a, k_f: modules that a token takes, on average, of each attention and feed-forward decision of a router (K if
-        not given; SKIP costs nothing); under MoD, the share of the tokens that are chosen. merged: with q, k, v as this
-        code computes them, by one matrix a token where subsets are merged, not by the K that the method adds up (the
-        merging itself, which does not grow with the tokens, is left out). Training costs three times as much.
-        LayerNorms, GELU and sums are not counted.
+        k_a, k_f: attention and feed-forward modules that a token takes at a routed step, on average (K
+        if not given; SKIP costs nothing); under MoD, the share of the tokens that are chosen. merged:
+        q, k, v by one matrix a token where subsets are merged, as computed here, not by the K that the
+        method adds up; the merging itself does not grow with the tokens and is left out. LayerNorms,
+        GELU and sums are not counted. Training costs three times as much.
         """
         C, R, total = self.cfg.n_embd, self.cfg.router_dim, 0
         for chunk in self.chunks:
-            a, f, seen = 1, 1, T  # modules per step; tokens that attend to each other
-            for router, k in ((chunk.router_a, k_a), (chunk.router_f, k_f), (chunk.router_t, None)):
+            a, f, seen = 1, 1, T  # modules of a step; tokens that attend to each other
+            for router in (chunk.router_a, chunk.router_f, chunk.router_t):
                 if router:
-                    state = {'gru': 3 * R * (C + R) + R * router.E, 'mlp': R * (C + router.E), 'linear': C * router.E}
-                    total += 2 * chunk.H * state[self.cfg.router]
+                    E = router.E
+                    of_kind = {'gru': 3 * R * (C + R) + R * E, 'mlp': R * (C + E), 'linear': C * E}
+                    total += 2 * chunk.H * of_kind[self.cfg.router]
             if chunk.router_a:
-                a = min(self.cfg.K, chunk.router_a.E) if k_a is None else k_a
+                a = min(self.cfg.K, chunk.N_A) if k_a is None else k_a
             if chunk.router_f:
-                f = min(self.cfg.K, chunk.router_f.E) if k_f is None else k_f
+                f = min(self.cfg.K, chunk.N_F) if k_f is None else k_f
             if chunk.router_t:
                 a = f = self.cfg.capacity if k_a is None else k_a
                 seen = a * a * T
                 total += 2 * R * (C + 1)  # the predictor
-            qkv = 1 if merged and chunk.S else a
-            total += chunk.H * ((6 * qkv + 2 * a + 16 * f) * C * C + 4 * seen * C)
+            products = 1 if merged and chunk.S else a  # of q, k, v
+            total += chunk.H * ((6 * products + 2 * a + 16 * f) * C * C + 4 * seen * C)
         return total + 2 * C * self.cfg.vocab_size
 
     def param_groups(self, weight_decay):
@@ -916,184 +599,324 @@ class GPT(nn.Module):
             (keep if vector else decay).append(p)
         return [{'params': decay, 'weight_decay': weight_decay}, {'params': keep, 'weight_decay': 0.0}]
 
-    @classmethod
-    def from_pretrained(cls, source, **overrides):
-        """A model from weights: the start of phase two, or of fine-tuning.
 
-        source: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' (fetched from the Hub), a directory in Hugging
-        Face format, or a checkpoint of train.py (its file or its directory, then best.pt). overrides: fields of
-        MoMConfig. With `chunks`, the layers of a vanilla model become the modules of those chunks and fresh
-        routers are added; a shorter block_size cuts the position table.
-        Raises ValueError when the weights and the wanted shape do not agree, or cannot be read.
-        """
-        state, base = read_weights(source)
-        for key in ('n_embd', 'n_head', 'vocab_size'):
-            if overrides.get(key, base[key]) != base[key]:
-                raise ValueError(f'{key}={overrides[key]}, but {source} has {key}={base[key]}: leave it out')
-        cfg = MoMConfig(**{**base, **overrides})
-        have = MoMConfig(**base)
-        if cfg.block_size > have.block_size:
-            raise ValueError(f'block_size={cfg.block_size}, but {source} knows {have.block_size} positions at most')
-        if cfg.n_layer != have.n_layer:
-            raise ValueError(f'chunks {cfg.chunks} sum to {cfg.n_layer}, but {source} has {have.n_layer} layers')
-        if not have.vanilla and [s._replace(H=0) for s in cfg.shapes] != [s._replace(H=0) for s in have.shapes]:
-            raise ValueError(f'{source} is assembled already, with phi={have.phi!r} and chunks {have.chunks}: only a '
-                             f'vanilla model can become phi={cfg.phi!r} with other pools or chunks {cfg.chunks}. Start '
-                             'from its phase-one checkpoint')
-        model = cls(cfg)
-        model.load_state_dict(regroup(state, model, have.vanilla, source), strict=True)
-        return model
+def is_router(name):  # of a parameter
+    return '.router_' in name or '.predictor.' in name
 
 
-# ----------------------------------------------------------------------------- weights in
-
-UNREADABLE = (RuntimeError, EOFError, KeyError, ValueError, OSError, NotImplementedError, zipfile.BadZipFile,
-              pickle.UnpicklingError, safetensors.SafetensorError)  # what a broken file raises
-HUB = {name: f'openai-community/{name}' for name in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')}
-HF_NAMES = {  # Hugging Face's name inside layer h.i -> ours inside chunk i. Both store matrices (in, out)
-    'ln_1.weight': 'attn.ln_w', 'ln_1.bias': 'attn.ln_b',
-    'attn.c_attn.weight': 'attn.qkv_w', 'attn.c_attn.bias': 'attn.qkv_b',
-    'attn.c_proj.weight': 'attn.out_w', 'attn.c_proj.bias': 'attn.out_b',
-    'ln_2.weight': 'ffn.ln_w', 'ln_2.bias': 'ffn.ln_b',
-    'mlp.c_fc.weight': 'ffn.fc_w', 'mlp.c_fc.bias': 'ffn.fc_b',
-    'mlp.c_proj.weight': 'ffn.proj_w', 'mlp.c_proj.bias': 'ffn.proj_b'}
+def cross_entropy(logits, targets, reduction='mean'):
+    """Logits (M, V), targets (M,) -> nats, in fp32 or better, over the targets that are not -100."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    total = F.cross_entropy(logits, targets, reduction='sum')
+    return total / (targets != -100).sum().clamp(min=1) if reduction == 'mean' else total
 
 
-def load_checkpoint(path):
-    """The dict that train.py saved, on the CPU; no code in it is ever run.
+# ----------------------------------------------------------------------------- fused routing
+# each_pick computes fn(module_k, x) for the picks of all tokens, and everything above is true
+# without the rest of this section. It is fast in two ways. Rows that take the same module are put
+# side by side, so that each module is one matrix product over all of its rows. And since Eq. 5 adds
+# q, k and v up without weights, the modules of a subset are merged into one matrix.
 
-    path: the file, or a run's directory (best.pt, else last.pt). Raises ValueError if there is none or it is broken.
+FEW = 16           # rows up to which a CPU is done with x @ w when it has read w
+MOST_SUBSETS = 40  # up to here q, k, v are merged: all K of N = 4, K2S of N = 6 (21) and of N = 8 (36)
+
+# The modules of a pool, one by one and as a stack for products that take all of them at once.
+Modules = namedtuple('Modules', 'each stack')
+Pools = namedtuple('Pools', 'attn merged ffn')  # of a chunk, each a Modules; merged may be None
+Merged = namedtuple('Merged', 'qkv_w qkv_b')    # one for each subset of the attention modules
+
+# R = M K rows, one for each pick, sorted by module. token (R,): sorted row -> the token it is of;
+# inverse (R,): row -> sorted row; sizes: how many rows each module has, and last those of SKIP.
+Sorted = namedtuple('Sorted', 'token inverse sizes')
+# The same where only the device knows the sizes: the module of each sorted row (R,), the same as a
+# matrix of 0 and 1 (N, R), where the rows of each module end (N,), and which rows are SKIP's (R, 1).
+SortedOnDevice = namedtuple('SortedOnDevice', 'token inverse module member ends idle')
+Grouped = namedtuple('Grouped', 'stack rows')  # a parameter (N, ...), and the SortedOnDevice it is for
+
+
+def unstack(stack, dtype):
+    """A named tuple of (N, ...) -> Modules. dtype: of the matrices in the stack; None leaves it out."""
+    # Once per forward pass: the backward of unbind is one stack, with zeros for unchosen modules.
+    each = [type(stack)(*parameters) for parameters in zip(*(p.unbind(0) for p in stack))]
+    if dtype is None:
+        return Modules(each, None)
+    return Modules(each, type(stack)(*(p.to(dtype) if p.ndim == 3 else p for p in stack)))
+
+
+def sort_picks(ids, N, everything, x):
+    """How the picks ids (M, K) of modules 0 to N - 1, or N for none, are carried out for rows x (M, C).
+
+    A list of modules, if all tokens take the same; else the rows sorted. everything: K is all there is.
     """
-    if os.path.isdir(path):
-        path = next((p for p in (os.path.join(path, f) for f in ('best.pt', 'last.pt')) if os.path.isfile(p)), path)
-    if not os.path.isfile(path):
-        raise ValueError(f'no checkpoint at {path}')
-    checkpoint = load_file(path)
-    try:
-        checkpoint['model_config'] = asdict(MoMConfig(**checkpoint['model_config']))
-        if not all(w.is_floating_point() for w in checkpoint['model'].values()):
-            raise TypeError('weights must be floating-point numbers')
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'{path} is not a checkpoint of train.py ({error!r})') from error
-    return checkpoint
+    on_device = grouped_dtype(x) is not None
+    if everything:
+        return list(range(ids.size(1)))
+    if len(ids) == 1 and not on_device and not torch.is_grad_enabled():  # one token, in decoding
+        return ids[0].tolist()
+    return sort_rows(ids, N, on_device)
 
 
-def load_file(path):
-    """What torch.save wrote to a file, on the CPU; no code in it is ever run. Raises ValueError if it is broken.
+def sort_rows(ids, N, on_device):
+    """Sort the M K picks ids by module -> Sorted, or SortedOnDevice, which never waits for the device."""
+    K = ids.size(1)
+    # A GPU sorts a few bits at a time: 16 of them, not 64, spares it most of 21 kernels.
+    module, order = ids.flatten().short().sort(stable=True)
+    rows = torch.arange(len(order), device=order.device)
+    inverse = torch.empty_like(order).scatter_(0, order, rows)
+    modules = torch.arange(N, dtype=module.dtype, device=module.device)
+    ends = torch.searchsorted(module, modules, right=True, out_int32=True)
+    if on_device:
+        member = (module == modules.unsqueeze(1)).float()
+        idle = (module == N).unsqueeze(1)
+        return SortedOnDevice(order // K, inverse, module.clamp(max=N - 1).int(), member, ends, idle)
+    ends = [0, *ends.tolist(), len(order)]
+    return Sorted(order // K, inverse, [end - start for start, end in itertools.pairwise(ends)])
 
-    The file is a zip archive with a checksum of each tensor, which torch itself does not look at.
+
+def each_pick(fn, modules, x, route, N):
+    """[(k, y (M, out))]: what fn makes of x (M, in) with the k-th picks of all tokens, zeros for SKIP.
+
+    Picks that are SKIP for all tokens may be left out, but for one.
     """
-    try:
-        zipped = zipfile.is_zipfile(path)  # torch.save's format since 2020; GPT-2's own pickles are older
-        if zipped:
-            with zipfile.ZipFile(path) as archive:
-                if changed := archive.testzip():
-                    raise zipfile.BadZipFile(f'the checksum of {changed} is wrong')
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
-    except UNREADABLE as error:
-        raise ValueError(f'{path} cannot be read ({type(error).__name__}): it is broken or no checkpoint') from error
+    if isinstance(route, list):
+        picks = [(k, fn(modules.each[i], x)) for k, i in enumerate(route) if i < N]
+        if not picks:  # one token that skips
+            width = fn(modules.each[0], x[:0]).size(1)
+            return [(0, x.new_zeros(len(x), width))]
+        return picks
+    y = by_module(fn, modules, x.index_select(0, route.token), route)         # (M K, out), sorted
+    y = y.index_select(0, route.inverse).view(len(x), -1, y.size(1))          # (M, K, out)
+    return list(enumerate(y.unbind(1)))
 
 
-def read_weights(source):
-    """Weights and shape of `source` (see GPT.from_pretrained) -> (state dict with our names, MoMConfig fields)."""
-    if source in HUB and not os.path.exists(source):
-        return read_hugging_face(download(source), source)
-    if os.path.isfile(os.path.join(source, 'config.json')):
-        return read_hugging_face(source, source)
-    if os.path.exists(source):
-        checkpoint = load_checkpoint(source)
-        return checkpoint['model'], checkpoint['model_config']
-    raise ValueError(f"{source!r} is neither one of {', '.join(HUB)}, nor a directory with Hugging Face's config.json "
-                     'and weights, nor a checkpoint of train.py')
+def by_module(fn, modules, x, rows):
+    """fn(module, its rows) of every module: x (R, in), sorted -> (R, out), sorted. SKIP's rows are 0."""
+    if isinstance(rows, SortedOnDevice):
+        stack = modules.stack
+        return fn(type(stack)(*(Grouped(p, rows) for p in stack)), x)
+    *parts, idle = x.split(rows.sizes)
+    # In training a module that no token chose still multiplies its zero rows: its gradient is zero,
+    # not missing. The first one always does; it says how wide the rows of SKIP are.
+    y = [fn(m, part) for i, (m, part) in enumerate(zip(modules.each, parts))
+         if len(part) or i == 0 or torch.is_grad_enabled()]
+    if len(idle):
+        y.append(y[0].new_zeros(len(idle), y[0].size(1)))
+    return torch.cat(y)
 
 
-def download(name):
-    """Fetch GPT-2 `name` from the Hub, or find it in the Hub's local cache -> its directory. The cache names a large
-    file by its SHA-256, which is compared."""
-    from huggingface_hub import hf_hub_download
-    try:
-        for file in ('config.json', 'model.safetensors'):
-            path = hf_hub_download(HUB[name], file)
-    except OSError as error:  # no network, no such file, no access: huggingface_hub derives all of them from it
-        raise ValueError(f'{HUB[name]} could not be fetched from the Hugging Face Hub ({type(error).__name__}): give a '
-                         'local directory with its config.json and model.safetensors instead of the name') from error
-    blob = os.path.basename(os.path.realpath(path))
-    if len(blob) == 64:
-        with open(path, 'rb') as f:
-            if hashlib.file_digest(f, 'sha256').hexdigest() != blob:
-                raise ValueError(f'{path} is broken (its SHA-256 is not {blob}): delete it, and it is fetched again')
-    return os.path.dirname(path)
+# Products of several modules at once, on GPUs.
 
+def has_grouped_mm(device, C):
+    """Whether F.grouped_mm is one kernel there, which never waits to hear how large the groups are.
 
-def read_hugging_face(folder, source):
-    """A GPT-2 in Hugging Face format -> (state dict of the vanilla model with our names, MoMConfig fields)."""
-    path = os.path.join(folder, 'config.json')
-    try:
-        with open(path, encoding='utf-8') as f:
-            hf = json.load(f)
-        shape = dict(chunks='-'.join('1' * hf['n_layer']), n_embd=hf['n_embd'], n_head=hf['n_head'],
-                     block_size=hf['n_positions'], vocab_size=hf['vocab_size'])
-        if {type(n) for n in [*shape.values()][1:]} != {int}:
-            raise ValueError(f'sizes must be whole numbers: {shape}')
-    except (ValueError, KeyError, TypeError) as error:  # not JSON, not UTF-8, no GPT-2
-        raise ValueError(f'{path} is not the config.json of a GPT-2 ({error!r}): copy it again') from error
-    needed = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
-              'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False, 'tie_word_embeddings': True}
-    for key, want in needed.items():
-        if hf.get(key, want) != want:
-            raise ValueError(f"{path} has {key}={hf[key]!r}; GPT-2's is {want!r}: it is another model")
-    safe, pickled = os.path.join(folder, 'model.safetensors'), os.path.join(folder, 'pytorch_model.bin')
-    if os.path.isfile(safe):
-        try:
-            weights = safetensors.torch.load_file(safe)
-        except UNREADABLE as error:
-            raise ValueError(f'{safe} cannot be read ({type(error).__name__}): copy it again') from error
-    elif os.path.isfile(pickled):
-        weights = load_file(pickled)
-    else:
-        raise ValueError(f'{folder} holds neither model.safetensors nor pytorch_model.bin')
-    try:
-        weights = {name.removeprefix('transformer.'): w.float() for name, w in weights.items()}
-        state = {'wte.weight': weights['wte.weight'], 'wpe.weight': weights['wpe.weight'],
-                 'ln_f.weight': weights['ln_f.weight'], 'ln_f.bias': weights['ln_f.bias']}
-        for i in range(hf['n_layer']):
-            for theirs, ours in HF_NAMES.items():
-                state[f'chunks.{i}.{ours}'] = weights[f'h.{i}.{theirs}'].unsqueeze(0)  # a pool of N = 1
-    except (KeyError, AttributeError, RuntimeError) as error:  # one is missing, or is no tensor of numbers
-        raise ValueError(f'the weights in {folder} lack {error}: they are not those of its config.json') from error
-    for name, w in state.items():
-        if not w.abs().max() < 1e4:  # GPT-2's largest are about 10; these files have no checksums
-            raise ValueError(f'{name} in {folder} holds {w.abs().max():.3g}: the file is broken, copy it again')
-    return state, shape
-
-
-def regroup(state, model, vanilla, source):
-    """The weights `state` as a state dict for `model`.
-
-    If they are a vanilla model's, consecutive layers are stacked into the pools of a chunk (its Shape says which
-    layers), and what no layer has, routers, stays as `model` has it, fresh.
+    So it is in bf16 on Hopper (H100, H200), at widths C that are multiples of 8. On older cards it is a
+    loop that waits at every call, and on Blackwell gradients of empty groups are garbage
+    (github.com/pytorch/pytorch/issues/172439).
     """
-    arranged, starts = {}, [0, *itertools.accumulate(model.cfg.sizes)]
-    for name, fresh in model.state_dict().items():
-        layers = [name]
-        if vanilla and name.startswith('chunks.'):
-            _, c, part = name.split('.', 2)
-            shape = model.cfg.shapes[int(c)]
-            kept = {'attn': shape.layers_A, 'ffn': shape.layers_F}.get(part.split('.')[0])
-            layers = kept and [f'chunks.{starts[int(c)] + i}.{part}' for i in kept]
-        if layers is None:
-            arranged[name] = fresh
+    hopper = device.type == 'cuda' and torch.cuda.get_device_properties(device).major == 9
+    return hopper and C % 8 == 0
+
+
+def grouped_dtype(x):
+    """The type in which F.grouped_mm multiplies rows x (M, C), or None for one product per module."""
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    return dtype if dtype == torch.bfloat16 and has_grouped_mm(x.device, x.size(-1)) else None
+
+
+def grouped_norm(x, w, b):  # x (R, C), sorted by module; w, b: Grouped (N, C)
+    return norm(x) * OfRows.apply(w.stack, w.rows) + OfRows.apply(b.stack, b.rows)
+
+
+def grouped_linear(x, w, b):  # x (R, in), w: Grouped (N, in, out), b: Grouped (N, out) -> (R, out)
+    # F.grouped_mm leaves the rows past its last group uninitialised, in its output and in the gradient
+    # of its input, and 0 * nan is nan: they are masked on both sides, never multiplied by 0.
+    idle, x = w.rows.idle, x.to(w.stack.dtype)
+    y = F.grouped_mm(x.masked_fill(idle, 0), w.stack, offs=w.rows.ends)
+    return y.add_(OfRows.apply(b.stack, b.rows)).masked_fill_(idle, 0)
+
+
+class OfRows(torch.autograd.Function):
+    """vectors (N, D) -> (R, D): of each sorted row its module's vector.
+
+    The gradient sums thousands of rows in fp32, as one product. That of indexing would add one row
+    after another, and that of an embedding launches 31 kernels.
+    """
+
+    @staticmethod
+    def forward(ctx, vectors, rows):
+        ctx.save_for_backward(rows.member)
+        return vectors.index_select(0, rows.module)
+
+    @staticmethod
+    def backward(ctx, grad):
+        member, = ctx.saved_tensors
+        return member.to(grad.dtype) @ grad, None
+
+
+# Merging by subset.
+
+def subsets(N, K, skip):
+    """All sets that K picks of N modules (and SKIP) can leave: K modules, or K - 1 beside SKIP."""
+    sizes = sorted({min(K, N), K - skip})
+    return [one for size in sizes for one in itertools.combinations(range(N), size)]
+
+
+def subset_numbers(sets, N):
+    """(2^N,): a set of modules, as bits -> its place in sets, or len(sets) for a set that is not there."""
+    numbers = torch.full((2 ** N,), len(sets))
+    for number, one in enumerate(sets):
+        numbers[sum(2 ** i for i in one)] = number
+    return numbers
+
+
+def subset_of(ids, N, numbers):
+    """Picks ids (M, K), N for SKIP -> the number of each token's set of modules (M, 1)."""
+    bits = (1 << ids).masked_fill(ids == N, 0).sum(1, keepdim=True)
+    return numbers[bits]
+
+
+def incidence(sets, N):  # (S, N) of 0 and 1: which modules a set has
+    return torch.tensor([[float(i in one) for i in range(N)] for one in sets])
+
+
+def merge(m, incidence):
+    """The q, k, v of subsets of modules as one matrix each: a stack of N attention modules -> of S Merged.
+
+    Eq. 5 adds them up without weights. With x^ = (x - mean) / std, and g_k, c_k the gain and bias of
+    LN_k, sum_k (LN_k(x) W_k + b_k) = x^ (sum_k diag(g_k) W_k) + sum_k (c_k W_k + b_k).
+    """
+    with torch.autocast(m.qkv_w.device.type, enabled=False):
+        w = m.ln_w.unsqueeze(-1) * m.qkv_w                              # (N, C, 3C)
+        b = m.qkv_b + (m.ln_b.unsqueeze(1) @ m.qkv_w).squeeze(1)        # (N, 3C)
+        return Merged((incidence @ w.flatten(1)).view(-1, *w.shape[1:]), incidence @ b)
+
+
+def merged_qkv(m, x):  # (M, C) -> (M, 3C), m: a Merged; the LayerNorms' gains and biases are in it
+    return linear(norm(x), m.qkv_w, m.qkv_b)
+
+
+# A few rows, in decoding on a CPU.
+
+def few_rows(x, w):
+    """x @ w for x (M, in), w (in, out). Up to FEW rows in fp32 a CPU is done when it has read w, and
+    eight products over parts of w read at up to twice the speed of one."""
+    (M, C), D = x.shape, w.size(1)
+    if x.device.type == 'cpu' and 0 < M <= FEW and x.dtype == w.dtype == torch.float32:
+        if C % 8 == 0 and w.is_contiguous():          # parts of the inner dimension, which add up
+            return torch.bmm(x.view(M, 8, C // 8).transpose(0, 1), w.view(8, C // 8, D)).sum(0)
+        if D % 8 == 0 and w.t().is_contiguous():      # stored (out, in), as torch's own layers: of the outer
+            parts = w.t().view(8, D // 8, C).transpose(1, 2)
+            return torch.bmm(x.expand(8, M, C), parts).transpose(0, 1).reshape(M, D)
+    return x @ w
+
+
+def gru(cell, x, s):
+    """torch.nn.GRUCell for inputs x (M, C) and states s (M, R), or None for 0 -> the next states (M, R).
+
+    It is written out where torch's own is in the way: its kernel on a GPU breaks torch.compile's graph
+    (github.com/pytorch/pytorch/issues/191153), and few_rows is faster in decoding.
+    """
+    if not torch.compiler.is_compiling() and (len(x) > FEW or torch.is_grad_enabled()):
+        return cell(x, s)
+    if s is None and torch.is_grad_enabled():
+        s = x.new_zeros(1, cell.hidden_size)  # as one row, so that weight_hh has a gradient, of zeros
+    i = few_rows(x, cell.weight_ih.t()) + cell.bias_ih
+    h = cell.bias_hh if s is None else few_rows(s, cell.weight_hh.t()) + cell.bias_hh
+    i_reset, i_update, i_new = i.chunk(3, dim=-1)
+    h_reset, h_update, h_new = h.chunk(3, dim=-1)
+    new = torch.tanh(i_new + torch.sigmoid(i_reset + h_reset) * h_new)
+    update = torch.sigmoid(i_update + h_update)
+    return new - update * new if s is None else torch.lerp(new, s, update)
+
+
+# ----------------------------------------------------------------------------- checks of settings
+
+def check(cfg):
+    """Raises ValueError, naming the fix, for settings that make no model."""
+    def need(condition, sentence):
+        if not condition:
+            raise ValueError(sentence)
+
+    def one_of(key, known):
+        value = getattr(cfg, key)
+        need(value in known, f'{key}={value!r} must be one of {", ".join(known)}')
+
+    need(re.fullmatch('[1-9][0-9]*(-[1-9][0-9]*)*', cfg.chunks, re.ASCII),
+         f"chunks={cfg.chunks!r} must be positive numbers joined by '-', such as '1-1-4-1-4-1'")
+    for key in 'K', 'H', 'experts', 'n_embd', 'n_head', 'block_size', 'vocab_size', 'router_dim':
+        need(getattr(cfg, key) >= 1, f'{key}={getattr(cfg, key)} must be at least 1')
+    need(cfg.n_embd % cfg.n_head == 0,
+         f'n_embd={cfg.n_embd} must be a multiple of n_head={cfg.n_head}')
+    one_of('phi', [phi for phi in PHI if phi != 'vanilla'])
+    one_of('router', ['gru', 'mlp', 'linear'])
+    one_of('router_weights', ['linear', 'softmax'])
+    one_of('router_start', ['fresh', 'layers'])
+    need(0 < cfg.tau < math.inf, f'tau={cfg.tau} must be a number above 0')
+    need(0 <= cfg.balance < math.inf, f'balance={cfg.balance} must be a number of at least 0')
+    need(0 < cfg.capacity <= 1,
+         f'capacity={cfg.capacity} is a share of the tokens: 0 < capacity <= 1')
+
+    phi, sizes = cfg.phi, cfg.sizes
+    if cfg.router_start == 'layers':
+        need(phi == 'mom' and cfg.router != 'linear' and cfg.router_weights == 'linear',
+             "router_start='layers' begins with scores of 1 for weights: it goes with phi='mom', router='gru' "
+             f"or 'mlp' and router_weights='linear', not with phi={phi!r}, router={cfg.router!r} and "
+             f'router_weights={cfg.router_weights!r}')
+        need(cfg.K == 1 or cfg.weigh_qkv,
+             "router_start='layers' with K > 1 needs weigh_qkv=True: unweighted, as in Eq. 5, the second "
+             'module that a token takes would change its q, k, v at full strength')
+    need(phi == 'mom' or not cfg.weigh_qkv, f"weigh_qkv=True goes with phi='mom', not with {phi!r}")
+    need(phi == 'mom' or not cfg.tied,
+         f"tied=True (MoM-same) goes with phi='mom'; to share under {phi!r}, see phi='share'")
+    need(phi != 'mod' or not cfg.balance,
+         "balance is for routers that choose modules: leave it out with phi='mod'")
+    need(phi not in ('moe', 'mod') or max(sizes) == 1,
+         f"phi={phi!r} works layer by layer: chunks={cfg.chunks!r} must be "
+         f"'{'-'.join('1' * sum(sizes))}'")
+    need(phi not in (*ONE_OR_SKIP, 'share', 'mod') or cfg.K == 1 or cfg.vanilla,
+         f'phi={phi!r} applies one module at a step: K={cfg.K} must be K=1')
+    need(phi not in ONE_OR_SKIP or cfg.skip,
+         f'phi={phi!r} chooses between a module and SKIP: it needs skip=True')
+    need(phi == 'mom' or not cfg.vanilla,
+         f'phi={phi!r} finds nothing to route in chunks={cfg.chunks!r}: take a chunk of several layers, such '
+         "as '1-4-1'; for 'mod', which routes every other block, more blocks")
+    if phi == 'share':
+        N = min(n for n in sizes if n > 1)
+        need(cfg.c_share and all(type(i) is int and 0 <= i < N for i in cfg.c_share),
+             f"phi='share' needs the module of each step: c_share={cfg.c_share} must be a list of numbers "
+             f'from 0 to {N - 1}, such as {[i // 2 * 2 for i in range(N)]}')
+    for plan, N in zip(cfg.plans, sizes):
+        if plan.phi == 'vanilla':
             continue
-        if any(layer not in state for layer in layers):
-            raise ValueError(f'{source} has no {name} for chunks={model.cfg.chunks}: take the settings of its training')
-        parts = [state[layer][:len(fresh)] if name == 'wpe.weight' else state[layer] for layer in layers]
-        want = (len(fresh) // len(parts), *fresh.shape[1:])
-        for layer, w in zip(layers, parts):
-            if w.shape != want:
-                raise ValueError(f'{source} has {layer} of shape {tuple(w.shape)}, but this model wants {want}: take '
-                                 'the settings of its training')
-        arranged[name] = torch.cat(parts)
-    if not vanilla and (left := state.keys() - arranged.keys()):
-        raise ValueError(f'{source} has {min(left)}, for which this model has no place: take the settings of its '
-                         'training')
-    return arranged
+        for key in 'A', 'F':
+            check_pool(cfg, key, N, need)
+        if 'routed' in PHI[phi]:
+            check_picks(cfg, plan, need)
+
+
+def check_pool(cfg, kind, N, need):
+    """Which modules of a chunk of N are kept."""
+    first, keep = getattr(cfg, f'N_{kind}'), getattr(cfg, f'keep_{kind}')
+    need(not (first and keep), f'N_{kind}={first} and keep_{kind}={keep} say the same thing: give one of them')
+    need(0 <= first <= N,
+         f'N_{kind}={first}: a chunk of {N} modules can keep 1 to {N} of them, or 0 for all')
+    known = all(type(i) is int and 0 <= i < N for i in keep)
+    need(known and len(set(keep)) == len(keep),
+         f'keep_{kind}={keep} must name different modules of a chunk of {N}: 0 to {N - 1}')
+    needs_all = cfg.phi in (*ONE_OR_SKIP, 'share') or cfg.phi == 'moe_share' and kind == 'A'
+    need(not needs_all or keep in ([], list(range(N))) and first in (0, N),
+         f'phi={cfg.phi!r} says by itself which modules it applies: leave N_{kind} and keep_{kind} out')
+
+
+def check_picks(cfg, plan, need):
+    """How many entries a router picks."""
+    routed = [N for rule, N in zip(PHI[cfg.phi], (plan.N_A, plan.N_F)) if rule == 'routed']
+    most = max(routed) + cfg.skip
+    need(cfg.K <= most,
+         f'K={cfg.K} is more than a pool of {max(routed)} modules{" and SKIP" * cfg.skip} offers: take '
+         f'K <= {most} or larger pools')
+    fewest = min(cfg.K, min(routed) + cfg.skip)
+    need(cfg.router_weights != 'softmax' or fewest > 1,
+         "router_weights='softmax' divides by the sum over the selected: where one entry is picked its "
+         "weight is 1, and the router gets no gradient. Take K >= 2, larger pools or router_weights='linear'")

@@ -4,7 +4,8 @@ import itertools
 import pytest
 import torch
 
-from model import GPT, Cache
+from model import GPT
+from sample import Cache
 from tests.test_model import hugging_face, stir, tiny
 from tests.test_phi import SYSTEMS, build
 

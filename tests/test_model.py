@@ -9,8 +9,9 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-import config
-from model import GPT, MoMConfig, load_checkpoint, sort_rows
+import common
+from model import GPT, MoMConfig, sort_rows
+from weights import load_checkpoint
 
 transformers.logging.set_verbosity_error()
 SIZES = {'gpt2': (768, 12, 12, 124_439_808), 'gpt2-medium': (1024, 24, 16, 354_823_168),
@@ -88,7 +89,7 @@ def test_hub_names_fetch_what_a_directory_holds(tmp_path, monkeypatch):
     assert torch.allclose(GPT.from_pretrained('gpt2-medium')(idx)[0], hf(idx).logits, atol=1e-5)
     assert asked == [('openai-community/gpt2-medium', f) for f in ('config.json', 'model.safetensors')]
 
-    good = tmp_path / config.sha256(tmp_path / 'model.safetensors')  # the Hub's cache has links to files of such names
+    good = tmp_path / common.sha256(tmp_path / 'model.safetensors')  # the Hub's cache has links to files of such names
     (tmp_path / 'model.safetensors').rename(good)
     (tmp_path / 'model.safetensors').symlink_to(good)
     assert torch.allclose(GPT.from_pretrained('gpt2')(idx)[0], hf(idx).logits, atol=1e-5)
@@ -225,13 +226,13 @@ def test_empty_modules_and_tokens_that_skip_everything():
 
 
 def test_sort_rows():
-    group = torch.tensor([[2, 0], [3, 2], [0, 1]])  # of three tokens, two rows each. G = 3: 3 is in no group
-    plan = sort_rows(group, 3, on_device=False)
-    assert plan.token.tolist() == [0, 2, 2, 0, 1, 1] and plan.inverse.tolist() == [3, 0, 5, 4, 1, 2]
-    assert plan.sizes == [2, 1, 2, 1]
-    plan = sort_rows(group, 3, on_device=True)
-    assert plan.token.tolist() == [0, 2, 2, 0, 1, 1] and plan.group[:5].tolist() == [0, 0, 1, 2, 2]
-    assert plan.ends.tolist() == [2, 3, 5] and plan.idle[:, 0].tolist() == [False] * 5 + [True] and plan.sizes is None
+    ids = torch.tensor([[2, 0], [3, 2], [0, 1]])  # of three tokens, two picks each. N = 3: 3 is SKIP
+    rows = sort_rows(ids, 3, on_device=False)
+    assert rows.token.tolist() == [0, 2, 2, 0, 1, 1] and rows.inverse.tolist() == [3, 0, 5, 4, 1, 2]
+    assert rows.sizes == [2, 1, 2, 1]
+    rows = sort_rows(ids, 3, on_device=True)
+    assert rows.token.tolist() == [0, 2, 2, 0, 1, 1] and rows.module[:5].tolist() == [0, 0, 1, 2, 2]
+    assert rows.ends.tolist() == [2, 3, 5] and rows.idle[:, 0].tolist() == [False] * 5 + [True]
 
 
 def test_routing_is_in_full_precision_under_autocast():

@@ -54,9 +54,9 @@ def test_the_dense_loops_over_the_decisions_give_the_same(system):
         made = {(d.kind, d.step): d for d in decided}
 
         def routes(kind, h, b):
-            d, fixed = made.get((kind, h)), chunk.fixed_A if kind == 'A' else chunk.fixed_F
+            d, fixed = made.get((kind, h)), chunk.choose(kind, None, h, {}) if (chunk.rule_A if kind == 'A' else chunk.rule_F) != 'routed' else None
             if d is None:
-                return [[(fixed[h], 1.0)]] * 7
+                return [[(fixed.route[0], 1.0)]] * 7
             return [[(i, w) for i, w in zip(d.ids[t].tolist(), d.weights[t]) if i < d.N]
                     for t in range(7 * b, 7 * b + 7)]
 
@@ -105,13 +105,13 @@ def test_vanilla_layers_become_each_system(system, tmp_path):
     settings = {'router_dim': 8, 'chunks': '1-4-1', **SYSTEMS[system]}
     model = GPT.from_pretrained(str(tmp_path), **settings)
     layer = iter(hf.transformer.h)
-    for chunk, N, shape in zip(model.chunks, model.cfg.sizes, model.cfg.shapes, strict=True):
+    for chunk, N, plan in zip(model.chunks, model.cfg.sizes, model.cfg.plans, strict=True):
         layers = list(itertools.islice(layer, N))
         attn, ffns = chunk.attn.stack(), chunk.ffn.stack()
-        assert len(attn.out_w) == shape.N_A and len(ffns.fc_b) == shape.N_F
-        for w, i in zip(attn.out_w, shape.layers_A * (shape.N_A // len(shape.layers_A)), strict=True):
+        assert len(attn.out_w) == plan.N_A and len(ffns.fc_b) == plan.N_F
+        for w, i in zip(attn.out_w, plan.layers_A * (plan.N_A // len(plan.layers_A)), strict=True):
             assert torch.equal(w, layers[i].attn.c_proj.weight)
-        for b, i in zip(ffns.fc_b, shape.layers_F * (shape.N_F // len(shape.layers_F)), strict=True):
+        for b, i in zip(ffns.fc_b, plan.layers_F * (plan.N_F // len(plan.layers_F)), strict=True):
             assert torch.equal(b, layers[i].mlp.c_fc.bias)
     torch.save({'model': model.state_dict(), 'model_config': vars(model.cfg)}, tmp_path / 'last.pt')
     again = GPT.from_pretrained(str(tmp_path / 'last.pt'))
@@ -164,8 +164,7 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
 
 def test_share_equals_a_gpt2_whose_layers_are_the_same_objects(tmp_path):
     hf = hugging_face(tmp_path, n_layer=6)
-    model = GPT.from_pretrained(str(tmp_path), chunks='1-4-1', phi='share', K=1, c_share=[0, 2, 2, 1, 0],
-                                keep_A=[0, 1, 3], keep_F=[0, 1, 3])
+    model = GPT.from_pretrained(str(tmp_path), chunks='1-4-1', phi='share', K=1, c_share=[0, 3, 3, 1, 0])
     h = hf.transformer.h
     hf.transformer.h = torch.nn.ModuleList([h[0], *(h[1:5][(0, 1, 3)[j]] for j in (0, 2, 2, 1, 0)), h[5]])
     hf.config.n_layer = 7
@@ -183,7 +182,7 @@ def test_share_equals_a_gpt2_whose_layers_are_the_same_objects(tmp_path):
 
 def test_share_in_order_is_gpt2(tmp_path):
     hf = hugging_face(tmp_path, n_layer=6)
-    model = GPT.from_pretrained(str(tmp_path), chunks='2-4', phi='share', K=1, c_share=[0, 1], keep_A=[0, 1], N_F=2)
+    model = GPT.from_pretrained(str(tmp_path), chunks='2-4', phi='share', K=1, c_share=[0, 1])
     idx = torch.randint(0, 211, (2, 20))
     hf.transformer.h = torch.nn.ModuleList([hf.transformer.h[i] for i in (0, 1, 2, 3)])
     assert (model(idx)[0] - hf(idx, use_cache=False).logits).abs().max() < 1e-4
@@ -282,7 +281,7 @@ def test_moe_equals_the_block_of_mixtral(phi):
     d = chunk.choose('F', x.view(-1, C), h, {})
     assert torch.equal(d.ids, ids)
     assert torch.allclose(d.weights, weights, atol=1e-6)
-    ours = assemble(ffn, chunk.pools(x.view(-1, C))[2], x.view(-1, C), d, weighted=True)
+    ours = assemble(ffn, chunk.pools(x.view(-1, C)).ffn, x.view(-1, C), d, weighted=True)
     assert torch.allclose(ours.view(2, 30, C), block(hat)[..., :-1], atol=1e-5)
     assert ours.std() > 0.1 and len(ids.unique()) == E
     # and the balance loss: Mixtral counts K picks per token as K, Switch as one
@@ -443,10 +442,10 @@ def test_any_chunking(chunks):
 
 @pytest.mark.parametrize('wrong, message', [
     (dict(phi='mixture'), 'one of mom, layer_skip'), (dict(phi='layer_skip'), 'must be K=1'),
-    (dict(phi='early_exit', K=1, skip=False), 'needs skip=True'), (dict(phi='layer_skip', K=1, N_F=2), 'leave N_A'),
-    (dict(phi='share', K=1), 'numbers from 0 to 3, such as \\[0, 0, 1, 1\\]'),
+    (dict(phi='early_exit', K=1, skip=False), 'needs skip=True'), (dict(phi='layer_skip', K=1, N_F=2), 'leave N_F'),
+    (dict(phi='share', K=1), 'numbers from 0 to 3, such as \\[0, 0, 2, 2\\]'),
     (dict(phi='share', K=1, c_share=[0, 4]), 'numbers from 0 to 3'),
-    (dict(phi='share', K=1, c_share=[0, 2], N_F=2), 'numbers from 0 to 1'),
+    (dict(phi='share', K=1, c_share=[0, 2], N_F=2), 'leave N_F'),
     (dict(phi='share', K=1, c_share=[0, -1]), 'numbers from 0'), (dict(phi='share', K=1, c_share=[.5]), 'numbers'),
     (dict(phi='share', c_share=[0]), 'must be K=1'),
     (dict(phi='moe'), "chunks='1-4-1' must be '1-1-1-1-1-1'"), (dict(phi='mod', K=1), "must be '1-1-1-1-1-1'"),

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model as model_py
-from model import GPT, Cache, MoMConfig, Router, few_rows, subsets
+from model import GPT, MoMConfig, Router, few_rows, subsets
+from sample import Cache
 from tests.test_model import stir, tiny
 from tests.test_phi import SYSTEMS, build
 
@@ -230,8 +231,8 @@ def test_a_decoding_step_reads_only_what_was_chosen(monkeypatch):
         model.features(idx, cache)
         start, length = [t.clone() for t in cache.k], cache.length
         want, decisions = model.features(idx[:, -1:], cache)
-        attn, merged, ffns = cache.ready[1]
-        for kind, (modules, _) in (('A', attn), ('F', ffns)):
+        pools = cache.ready[1]
+        for kind, modules in (('A', pools.attn.each), ('F', pools.ffn.each)):
             chosen = {i for d in decisions[1] if d.kind == kind for i in d.ids.flatten().tolist()}
             assert len(chosen - {4}) < 4
             for i in set(range(4)) - chosen:
@@ -239,6 +240,7 @@ def test_a_decoding_step_reads_only_what_was_chosen(monkeypatch):
         used = {int(model.chunks[1].subset[sum(1 << i for i in d.ids[0].tolist() if i < 4)])
                 for d in decisions[1] if d.kind == 'A'}
         for s in set(range(model.chunks[1].S)) - used:
-            merged[0][s] = type(merged[0][s])(*(torch.full_like(p, float('nan')) for p in merged[0][s]))
+            merged = pools.merged.each
+            merged[s] = type(merged[s])(*(torch.full_like(p, float('nan')) for p in merged[s]))
         cache.k, cache.length = start, length
         assert torch.equal(model.features(idx[:, -1:], cache)[0], want) and want.isfinite().all()
