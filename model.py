@@ -12,15 +12,10 @@ K selected, H steps, R router state, nh heads, hs head size, V vocabulary.
 """
 import hashlib
 import itertools
-import json
 import math
-import os
-import pickle
-import zipfile
 from collections import namedtuple
 from dataclasses import asdict, dataclass, field
 
-import safetensors.torch
 import torch
 import torch.nn as nn
 from torch.nn import functional as F
@@ -34,17 +29,17 @@ Shape = namedtuple('Shape', 'phi H N_A N_F layers_A layers_F')  # of one chunk; 
 @dataclass
 class MoMConfig:
     """The shape of a model. Raises ValueError, naming the fix, for a combination that cannot be built."""
-    chunks: str = '1-1-4-1-4-1'     # N of each chunk, in layers of the vanilla model; n_layer is their sum
-    phi: str = 'mom'                # assembling function of chunks with N > 1 ('moe', 'mod': with N = 1); see Chunk
+    chunks: str = '1-1-1-1-1-1-1-1-1-1-1-1'      # N of each chunk, in vanilla layers; 1 is a vanilla block
+    phi: str = 'mom'                # mom, layer_skip, early_exit, share, moe, moe_share or mod
     K: int = 2                      # modules selected per token and step, SKIP among them
     H: int = 6                      # assembly steps of a chunk under 'mom'; 'share' has len(c_share), the others N
     skip: bool = True               # the "S" of K2H6S: routers may choose SKIP
     N_A: int = 0                    # attention modules kept of a chunk with N > 1, the first ones; 0 keeps all
     N_F: int = 0                    # feed-forward modules likewise. A pool with fewer than K selects all it has
-    keep_A: list = field(default_factory=list)   # which attention modules to keep instead, such as [0, 2]
+    keep_A: list = field(default_factory=list)   # which attention modules to keep instead, such as [0,2]
     keep_F: list = field(default_factory=list)   # which feed-forward modules
     tied: bool = False              # all modules of a chunk are its first one ("MoM-same" of Table 2)
-    c_share: list = field(default_factory=list)  # 'share': the module of each step, such as [0, 0, 1, 1] (Eq. 10)
+    c_share: list = field(default_factory=list)  # 'share': the module of each step, such as [0,0,1,1] (Eq. 10)
     experts: int = 4                # 'moe': feed-forward experts of a layer
     capacity: float = 0.125         # 'mod': share of a sequence's tokens that go through a routed block
     router: str = 'gru'             # 'gru' (Eq. 7), 'mlp' (Appendix D.1: two layers, no state) or 'linear' (Mixtral's)
@@ -53,10 +48,10 @@ class MoMConfig:
     tau: float = 0.2                # temperature of the softmax weights
     router_start: str = 'fresh'     # 'fresh' (the paper's), or 'layers', which restores the layers; see Router
     balance: float = 0.0            # coefficient of the load-balancing loss; the paper found that it hurts (D.2)
-    n_embd: int = 768               # C
-    n_head: int = 12
-    block_size: int = 1024          # longest sequence
-    vocab_size: int = 50257
+    n_embd: int = 768               # width, C
+    n_head: int = 12                # heads
+    block_size: int = 1024          # longest sequence, in tokens
+    vocab_size: int = 50257         # kinds of token
 
     def __post_init__(self):
         try:
@@ -591,68 +586,7 @@ class Chunk(nn.Module):
         return (self.on_chosen_tokens if self.phi == 'mod' else self.steps)(x, cache, first_step, count)
 
 
-class Cache:
-    """What generation keeps: one K and one V per token and executed step, whatever its K modules; merged matrices."""
-
-    def __init__(self, cfg, B, device, dtype, size=None):
-        """size: most tokens of a sequence (block_size if None)."""
-        shape = B, cfg.n_head, size or cfg.block_size, cfg.n_embd // cfg.n_head
-        # zeros: what a mask hides is multiplied by 0 all the same, and 0 * nan is nan
-        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.depth)] for _ in 'kv')
-        self.used = torch.zeros(cfg.depth, B, dtype=torch.int64, device=device)  # entries, where sequences differ
-        self.length = 0  # tokens of the longest sequence; GPT moves it on after all chunks have run
-        self.ready = {}
-
-    def pools(self, chunk, x, first_step):
-        """Chunk.pools, once for all tokens, in the layout from which the CPU reads a matrix fastest to multiply it with
-        one row: (in, out) in fp32, (out, in) in bf16."""
-        if first_step not in self.ready:
-            pools = chunk.pools(x, keep=True)
-            if x.device.type == 'cpu' and chunk.attn.qkv_w.dtype == torch.bfloat16:
-                pools = [one and ([type(m)(*(p.t().contiguous().t() if p.ndim == 2 else p for p in m)) for m in one[0]],
-                                  None) for one in pools]
-            self.ready[first_step] = pools
-        return self.ready[first_step]
-
-    def extend(self, step, k, v, count=None):
-        """Append k, v (B, nh, T, hs) of the new tokens; or, where sequences differ, of the first count (B,) of each.
-
-        Returns all keys and values (B, nh, S, hs), a mask of who sees whom (B, 1, T, S) or None, and whether it is
-        the plain causal one instead.
-        """
-        T, S = k.size(2), self.length + k.size(2)
-        if count is None:
-            self.k[step][:, :, self.length:S], self.v[step][:, :, self.length:S] = k, v
-            mask = None if T in (1, S) else torch.ones(T, S, dtype=torch.bool, device=k.device).tril(S - T)
-            return self.k[step][:, :, :S], self.v[step][:, :, :S], mask, T == S > 1
-        slots = self.used[step].view(-1, 1, 1, 1) + torch.arange(T, device=k.device).view(1, 1, T, 1)
-        for mine, new in ((self.k[step], k), (self.v[step], v)):
-            mine.scatter_(2, slots.expand_as(new), new)
-        self.used[step] += count  # entries after the count-th are padding, which the next tokens overwrite
-        mask = torch.arange(S, device=k.device) <= slots
-        return self.k[step][:, :, :S], self.v[step][:, :, :S], mask, False
-
-    def reorder(self, rows):  # sequence b becomes what sequence rows[b] was
-        self.k, self.v = ([t.index_select(0, rows) for t in side] for side in (self.k, self.v))
-        self.used = self.used[:, rows]
-
-
 # ----------------------------------------------------------------------------- the model
-
-def pick(logits, temperature, top_k, top_p):
-    """logits (B, V) -> one token of each row (B,)."""
-    if temperature == 0:
-        return logits.argmax(-1)
-    if top_k is not None:
-        kth = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]
-        logits = logits.masked_fill(logits < kth, -math.inf)
-    p = (logits / temperature).softmax(-1)
-    if top_p is not None:
-        ranked, ids = p.sort(descending=True)
-        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0  # what stands before it already holds the share
-        p = torch.zeros_like(p).scatter(1, ids, ranked)
-    return p.multinomial(1).squeeze(1)
-
 
 class GPT(nn.Module):
     """GPT-2, vanilla or assembled, with its head tied to the token embedding."""
@@ -752,7 +686,6 @@ class GPT(nn.Module):
                 loss = loss + (decision.aux - decision.aux.detach())
         return logits, loss
 
-    @torch.no_grad()
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, beams=1, stop=None, lengths=None,
                  vocab=None):
         """Continue each row of idx (B, T) by max_new_tokens tokens -> (B, T + max_new_tokens), or fewer if all stopped.
@@ -765,96 +698,9 @@ class GPT(nn.Module):
         Keys and values are cached. Positions are learned, so a text longer than block_size slides: each further token
         sees the last block_size tokens afresh. That is for equally long rows without beams; ValueError for the others.
         """
-        B, T = idx.shape
-        if (T < 1 or max_new_tokens < 1 or temperature < 0 or beams < 1 or top_k is not None and top_k < 1
-                or top_p is not None and not 0 < top_p <= 1):
-            raise ValueError(f'temperature={temperature} must be >= 0, top_k={top_k} >= 1 or None, top_p={top_p} above '
-                             f'0 and at most 1 or None, beams={beams} and max_new_tokens={max_new_tokens} >= 1, and '
-                             'idx not empty')
-        size = T + max_new_tokens
-        if lengths is not None and not (len(lengths) == B and 1 <= lengths.min() and lengths.max() <= T):
-            raise ValueError(f'lengths={lengths.tolist()} must give each of the {B} rows a length of 1 to {T}')
-        if size > self.cfg.block_size and (lengths is not None or beams > 1):
-            raise ValueError(f'{T} + {max_new_tokens} tokens do not fit block_size={self.cfg.block_size}: shorten the '
-                             'prompts, or take fewer new tokens')
-        training = self.training
-        self.eval()  # MoD must not look at the future
-        cache = Cache(self.cfg, B, idx.device, self.wte.weight.dtype, min(size, self.cfg.block_size))
-        if beams > 1 or lengths is not None:
-            ends = torch.full((B,), T, device=idx.device) if lengths is None else lengths.to(idx.device)
-            count, cache.tokens = ends, torch.zeros_like(ends)
-        else:
-            ends, count = torch.full((B,), T, device=idx.device), None
-        head = self.wte.weight[:vocab].t()  # (C, V)
-        if idx.device.type == 'cpu' and head.dtype == torch.float32:
-            head = head.contiguous()  # as Cache.pools: the layout to multiply one row with
-        rows = torch.arange(B, device=idx.device)
-        out = torch.full((B, size), 0 if stop is None else stop, device=idx.device)
-        out[:, :T] = torch.where(torch.arange(T, device=idx.device) < ends.unsqueeze(1), idx, out[:, :T])
-        x = self.features(idx[:, -self.cfg.block_size:], cache if T <= self.cfg.block_size else None, count)[0]
-        x = x[rows, ends.clamp(max=x.size(1)) - 1]  # (B, C)
-        if beams > 1:
-            out = self.beam_search(x, head, cache, out, ends, max_new_tokens, beams, stop)
-            self.train(training)
-            return out
-        done = torch.zeros(B, dtype=torch.bool, device=idx.device)
-        for n in range(max_new_tokens):
-            new = pick(few_rows(x, head).float(), temperature, top_k, top_p)
-            if stop is not None:
-                new = new.masked_fill(done, stop)
-                done |= new == stop
-            out[rows, ends] = new
-            ends = ends + 1
-            if n == max_new_tokens - 1 or stop is not None and done.all():
-                break
-            if T + n < self.cfg.block_size:
-                x = self.features(new.unsqueeze(1), cache, None if count is None else torch.ones_like(ends))[0][:, -1]
-            else:
-                x = self.features(out[:, T + n + 1 - self.cfg.block_size:T + n + 1])[0][:, -1]
-        self.train(training)
-        return out[:, :int(ends.max())]
-
-    def beam_search(self, x, head, cache, out, ends, max_new_tokens, beams, stop):
-        """The rest of generate(beams > 1): of each row the best finished sequence by mean log-probability.
-
-        A row ends when `beams` sequences are finished and none that still runs is better, as it stands, than the worst.
-        """
-        B, device = len(out), out.device
-        each = torch.arange(B, device=device)
-        many = each.repeat_interleave(beams)
-        cache.reorder(many)
-        cache.tokens = cache.tokens[many]
-        start = ends
-        texts = out.unsqueeze(1).repeat(1, beams, 1)                      # (B, beams, size), running
-        score = torch.full((B, beams), -math.inf, device=device)          # sums of log-probabilities
-        score[:, 0] = 0                                                   # all beams begin equal: let one speak
-        best = torch.full((B, beams), -math.inf, device=device)           # finished: means
-        kept, logp = texts.clone(), few_rows(x, head).float().log_softmax(-1)
-        logp = logp[many].view(B, beams, -1)
-        for n in range(1, max_new_tokens + 1):
-            V = logp.size(-1)
-            top, flat = (score.unsqueeze(-1) + logp).flatten(1).topk(2 * beams)  # enough, should half of them end here
-            beam, token = flat // V, flat % V
-            grown = texts[each.unsqueeze(1), beam]                        # (B, 2 beams, size)
-            grown.scatter_(2, (start + n - 1).view(B, 1, 1).expand(-1, 2 * beams, 1), token.unsqueeze(-1))
-            over = torch.zeros_like(token, dtype=torch.bool) if stop is None else token == stop
-            first = torch.arange(2 * beams, device=device) < beams
-            if n == max_new_tokens:
-                over = over | first                                       # out of room: what runs is finished as it is
-            finished = (top / n).masked_fill(~(over & first), -math.inf)
-            open_row = (best.min(1).values < score.max(1).values / max(1, n - 1)) | (best.min(1).values == -math.inf)
-            finished = finished.masked_fill(~open_row.unsqueeze(1), -math.inf)
-            best, chosen = torch.cat((best, finished), 1).topk(beams)
-            kept = torch.cat((kept, grown), 1)[each.unsqueeze(1), chosen]
-            score, go = top.masked_fill(over, -math.inf).topk(beams)
-            texts = grown[each.unsqueeze(1), go]
-            if n == max_new_tokens or bool((best.min(1).values >= score[:, 0] / n).all()):
-                break
-            cache.reorder((each.unsqueeze(1) * beams + beam.gather(1, go)).flatten())
-            new = token.gather(1, go).view(-1, 1)
-            x = self.features(new, cache, torch.ones_like(cache.tokens))[0][:, -1]
-            logp = few_rows(x, head).float().log_softmax(-1).view(B, beams, -1)
-        return kept[:, 0, :int(start.max()) + n]
+        from sample import generate
+        return generate(self, idx, max_new_tokens, temperature, top_k, top_p, beams, stop, lengths,
+                        vocab)
 
     def cast(self, dtype):
         """All weights in dtype, for inference, except those of the routers, which stay as they are. Returns self."""
@@ -912,8 +758,8 @@ class GPT(nn.Module):
             (keep if vector else decay).append(p)
         return [{'params': decay, 'weight_decay': weight_decay}, {'params': keep, 'weight_decay': 0.0}]
 
-    @classmethod
-    def from_pretrained(cls, source, **overrides):
+    @staticmethod
+    def from_pretrained(source, **overrides):
         """A model from weights: the start of phase two, or of fine-tuning.
 
         source: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' (fetched from the Hub), a directory in Hugging
@@ -922,174 +768,5 @@ class GPT(nn.Module):
         routers are added; a shorter block_size cuts the position table.
         Raises ValueError when the weights and the wanted shape do not agree, or cannot be read.
         """
-        state, base = read_weights(source)
-        for key in ('n_embd', 'n_head', 'vocab_size'):
-            if overrides.get(key, base[key]) != base[key]:
-                raise ValueError(f'{key}={overrides[key]}, but {source} has {key}={base[key]}: leave it out')
-        cfg = MoMConfig(**{**base, **overrides})
-        have = MoMConfig(**base)
-        if cfg.block_size > have.block_size:
-            raise ValueError(f'block_size={cfg.block_size}, but {source} knows {have.block_size} positions at most')
-        if cfg.n_layer != have.n_layer:
-            raise ValueError(f'chunks {cfg.chunks} sum to {cfg.n_layer}, but {source} has {have.n_layer} layers')
-        if not have.vanilla and [s._replace(H=0) for s in cfg.shapes] != [s._replace(H=0) for s in have.shapes]:
-            raise ValueError(f'{source} is assembled already, with phi={have.phi!r} and chunks {have.chunks}: only a '
-                             f'vanilla model can become phi={cfg.phi!r} with other pools or chunks {cfg.chunks}. Start '
-                             'from its phase-one checkpoint')
-        model = cls(cfg)
-        model.load_state_dict(regroup(state, model, have.vanilla, source), strict=True)
-        return model
-
-
-# ----------------------------------------------------------------------------- weights in
-
-UNREADABLE = (RuntimeError, EOFError, KeyError, ValueError, OSError, NotImplementedError, zipfile.BadZipFile,
-              pickle.UnpicklingError, safetensors.SafetensorError)  # what a broken file raises
-HUB = {name: f'openai-community/{name}' for name in ('gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl')}
-HF_NAMES = {  # Hugging Face's name inside layer h.i -> ours inside chunk i. Both store matrices (in, out)
-    'ln_1.weight': 'attn.ln_w', 'ln_1.bias': 'attn.ln_b',
-    'attn.c_attn.weight': 'attn.qkv_w', 'attn.c_attn.bias': 'attn.qkv_b',
-    'attn.c_proj.weight': 'attn.out_w', 'attn.c_proj.bias': 'attn.out_b',
-    'ln_2.weight': 'ffn.ln_w', 'ln_2.bias': 'ffn.ln_b',
-    'mlp.c_fc.weight': 'ffn.fc_w', 'mlp.c_fc.bias': 'ffn.fc_b',
-    'mlp.c_proj.weight': 'ffn.proj_w', 'mlp.c_proj.bias': 'ffn.proj_b'}
-
-
-def load_checkpoint(path):
-    """The dict that train.py saved, on the CPU; no code in it is ever run.
-
-    path: the file, or a run's directory (best.pt, else last.pt). Raises ValueError if there is none or it is broken.
-    """
-    if os.path.isdir(path):
-        path = next((p for p in (os.path.join(path, f) for f in ('best.pt', 'last.pt')) if os.path.isfile(p)), path)
-    if not os.path.isfile(path):
-        raise ValueError(f'no checkpoint at {path}')
-    checkpoint = load_file(path)
-    try:
-        checkpoint['model_config'] = asdict(MoMConfig(**checkpoint['model_config']))
-        if not all(w.is_floating_point() for w in checkpoint['model'].values()):
-            raise TypeError('weights must be floating-point numbers')
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'{path} is not a checkpoint of train.py ({error!r})') from error
-    return checkpoint
-
-
-def load_file(path):
-    """What torch.save wrote to a file, on the CPU; no code in it is ever run. Raises ValueError if it is broken.
-
-    The file is a zip archive with a checksum of each tensor, which torch itself does not look at.
-    """
-    try:
-        zipped = zipfile.is_zipfile(path)  # torch.save's format since 2020; GPT-2's own pickles are older
-        if zipped:
-            with zipfile.ZipFile(path) as archive:
-                if changed := archive.testzip():
-                    raise zipfile.BadZipFile(f'the checksum of {changed} is wrong')
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
-    except UNREADABLE as error:
-        raise ValueError(f'{path} cannot be read ({type(error).__name__}): it is broken or no checkpoint') from error
-
-
-def read_weights(source):
-    """Weights and shape of `source` (see GPT.from_pretrained) -> (state dict with our names, MoMConfig fields)."""
-    if source in HUB and not os.path.exists(source):
-        return read_hugging_face(download(source), source)
-    if os.path.isfile(os.path.join(source, 'config.json')):
-        return read_hugging_face(source, source)
-    if os.path.exists(source):
-        checkpoint = load_checkpoint(source)
-        return checkpoint['model'], checkpoint['model_config']
-    raise ValueError(f"{source!r} is neither one of {', '.join(HUB)}, nor a directory with Hugging Face's config.json "
-                     'and weights, nor a checkpoint of train.py')
-
-
-def download(name):
-    """Fetch GPT-2 `name` from the Hub, or find it in the Hub's local cache -> its directory. The cache names a large
-    file by its SHA-256, which is compared."""
-    from huggingface_hub import hf_hub_download
-    try:
-        for file in ('config.json', 'model.safetensors'):
-            path = hf_hub_download(HUB[name], file)
-    except OSError as error:  # no network, no such file, no access: huggingface_hub derives all of them from it
-        raise ValueError(f'{HUB[name]} could not be fetched from the Hugging Face Hub ({type(error).__name__}): give a '
-                         'local directory with its config.json and model.safetensors instead of the name') from error
-    blob = os.path.basename(os.path.realpath(path))
-    if len(blob) == 64:
-        with open(path, 'rb') as f:
-            if hashlib.file_digest(f, 'sha256').hexdigest() != blob:
-                raise ValueError(f'{path} is broken (its SHA-256 is not {blob}): delete it, and it is fetched again')
-    return os.path.dirname(path)
-
-
-def read_hugging_face(folder, source):
-    """A GPT-2 in Hugging Face format -> (state dict of the vanilla model with our names, MoMConfig fields)."""
-    path = os.path.join(folder, 'config.json')
-    try:
-        with open(path, encoding='utf-8') as f:
-            hf = json.load(f)
-        shape = dict(chunks='-'.join('1' * hf['n_layer']), n_embd=hf['n_embd'], n_head=hf['n_head'],
-                     block_size=hf['n_positions'], vocab_size=hf['vocab_size'])
-        if {type(n) for n in [*shape.values()][1:]} != {int}:
-            raise ValueError(f'sizes must be whole numbers: {shape}')
-    except (ValueError, KeyError, TypeError) as error:  # not JSON, not UTF-8, no GPT-2
-        raise ValueError(f'{path} is not the config.json of a GPT-2 ({error!r}): copy it again') from error
-    needed = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
-              'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False, 'tie_word_embeddings': True}
-    for key, want in needed.items():
-        if hf.get(key, want) != want:
-            raise ValueError(f"{path} has {key}={hf[key]!r}; GPT-2's is {want!r}: it is another model")
-    safe, pickled = os.path.join(folder, 'model.safetensors'), os.path.join(folder, 'pytorch_model.bin')
-    if os.path.isfile(safe):
-        try:
-            weights = safetensors.torch.load_file(safe)
-        except UNREADABLE as error:
-            raise ValueError(f'{safe} cannot be read ({type(error).__name__}): copy it again') from error
-    elif os.path.isfile(pickled):
-        weights = load_file(pickled)
-    else:
-        raise ValueError(f'{folder} holds neither model.safetensors nor pytorch_model.bin')
-    try:
-        weights = {name.removeprefix('transformer.'): w.float() for name, w in weights.items()}
-        state = {'wte.weight': weights['wte.weight'], 'wpe.weight': weights['wpe.weight'],
-                 'ln_f.weight': weights['ln_f.weight'], 'ln_f.bias': weights['ln_f.bias']}
-        for i in range(hf['n_layer']):
-            for theirs, ours in HF_NAMES.items():
-                state[f'chunks.{i}.{ours}'] = weights[f'h.{i}.{theirs}'].unsqueeze(0)  # a pool of N = 1
-    except (KeyError, AttributeError, RuntimeError) as error:  # one is missing, or is no tensor of numbers
-        raise ValueError(f'the weights in {folder} lack {error}: they are not those of its config.json') from error
-    for name, w in state.items():
-        if not w.abs().max() < 1e4:  # GPT-2's largest are about 10; these files have no checksums
-            raise ValueError(f'{name} in {folder} holds {w.abs().max():.3g}: the file is broken, copy it again')
-    return state, shape
-
-
-def regroup(state, model, vanilla, source):
-    """The weights `state` as a state dict for `model`.
-
-    If they are a vanilla model's, consecutive layers are stacked into the pools of a chunk (its Shape says which
-    layers), and what no layer has, routers, stays as `model` has it, fresh.
-    """
-    arranged, starts = {}, [0, *itertools.accumulate(model.cfg.sizes)]
-    for name, fresh in model.state_dict().items():
-        layers = [name]
-        if vanilla and name.startswith('chunks.'):
-            _, c, part = name.split('.', 2)
-            shape = model.cfg.shapes[int(c)]
-            kept = {'attn': shape.layers_A, 'ffn': shape.layers_F}.get(part.split('.')[0])
-            layers = kept and [f'chunks.{starts[int(c)] + i}.{part}' for i in kept]
-        if layers is None:
-            arranged[name] = fresh
-            continue
-        if any(layer not in state for layer in layers):
-            raise ValueError(f'{source} has no {name} for chunks={model.cfg.chunks}: take the settings of its training')
-        parts = [state[layer][:len(fresh)] if name == 'wpe.weight' else state[layer] for layer in layers]
-        want = (len(fresh) // len(parts), *fresh.shape[1:])
-        for layer, w in zip(layers, parts):
-            if w.shape != want:
-                raise ValueError(f'{source} has {layer} of shape {tuple(w.shape)}, but this model wants {want}: take '
-                                 'the settings of its training')
-        arranged[name] = torch.cat(parts)
-    if not vanilla and (left := state.keys() - arranged.keys()):
-        raise ValueError(f'{source} has {min(left)}, for which this model has no place: take the settings of its '
-                         'training')
-    return arranged
+        from weights import from_pretrained
+        return from_pretrained(source, **overrides)

@@ -9,8 +9,9 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-import config
-from model import GPT, MoMConfig, load_checkpoint, sort_rows
+import common
+from model import GPT, MoMConfig, sort_rows
+from weights import load_checkpoint
 
 transformers.logging.set_verbosity_error()
 SIZES = {'gpt2': (768, 12, 12, 124_439_808), 'gpt2-medium': (1024, 24, 16, 354_823_168),
@@ -88,7 +89,7 @@ def test_hub_names_fetch_what_a_directory_holds(tmp_path, monkeypatch):
     assert torch.allclose(GPT.from_pretrained('gpt2-medium')(idx)[0], hf(idx).logits, atol=1e-5)
     assert asked == [('openai-community/gpt2-medium', f) for f in ('config.json', 'model.safetensors')]
 
-    good = tmp_path / config.sha256(tmp_path / 'model.safetensors')  # the Hub's cache has links to files of such names
+    good = tmp_path / common.sha256(tmp_path / 'model.safetensors')  # the Hub's cache has links to files of such names
     (tmp_path / 'model.safetensors').rename(good)
     (tmp_path / 'model.safetensors').symlink_to(good)
     assert torch.allclose(GPT.from_pretrained('gpt2')(idx)[0], hf(idx).logits, atol=1e-5)

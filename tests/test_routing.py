@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import model as model_py
-from model import GPT, Cache, MoMConfig, Router, few_rows, subsets
+from model import GPT, MoMConfig, Router, few_rows, subsets
+from sample import Cache
 from tests.test_model import stir, tiny
 from tests.test_phi import SYSTEMS, build
 
