@@ -30,8 +30,9 @@ import matplotlib
 import numpy as np
 import torch
 
-import config
-from model import GPT, Decision, grouped_dtype, load_checkpoint, sort_rows
+import common
+from model import GPT
+from weights import load_checkpoint
 
 matplotlib.use('Agg')
 import matplotlib.pyplot as plt  # noqa: E402
@@ -50,7 +51,7 @@ seed = 1337                   # of the random pairings
 batch = 8                     # sequences at a time
 device = 'auto'               # 'auto', 'cpu', 'cuda'
 # ---
-settings, given = config.load(globals()) if __name__ == '__main__' else ({}, set())  # not in tests
+settings, given = common.load(globals()) if __name__ == '__main__' else ({}, set())  # not in tests
 
 SHUFFLES = 5
 KINDS = ('space', 'word begins', 'inside a word', 'digit', 'punctuation', 'other')
@@ -67,7 +68,7 @@ def token_bytes(tokenizer, i):
     if i >= tokenizer.n_vocab:
         return b''
     if tokenizer.name == 'bytes' or i == tokenizer.eot_token:
-        return config.EOT.encode() if i == tokenizer.eot_token else bytes((i,))
+        return common.EOT.encode() if i == tokenizer.eot_token else bytes((i,))
     return tokenizer.decode_single_token_bytes(i)
 
 
@@ -81,7 +82,7 @@ def kind_of(before, raw):
     """What kind of token the bytes `raw` are after the text `before`: an index of KINDS."""
     text = raw.decode('utf-8', errors='ignore')
     core = text.strip()
-    if raw and not text or not raw or text == config.EOT:
+    if raw and not text or not raw or text == common.EOT:
         return 5
     if not core:
         return 0
@@ -148,20 +149,15 @@ def run(model, idx, device, batch, decide=None):
             for d in decided:
                 kept.setdefault((c, d.kind, d.step), []).append(d._replace(ids=d.ids.cpu(), weights=d.weights.cpu()))
     whole = {key: one[0]._replace(ids=torch.cat([d.ids for d in one]), weights=torch.cat([d.weights for d in one]),
-                                  plan=None) for key, one in kept.items()}
+                                  route=None) for key, one in kept.items()}
     return loss / idx[:, 1:].size, whole
 
 
 def instead(chunk, kind, x, h, c, rows, decide):
     """A Decision as Chunk.choose would make it, with the ids and weights that `decide` says."""
-    router, fixed, N = ((chunk.router_a, chunk.fixed_A, chunk.N_A) if kind == 'A' else
-                        (chunk.router_f, chunk.fixed_F, chunk.N_F))
-    if router is None:
-        return fixed[h]
-    ids, weights = (t.to(x.device) for t in decide((c, kind, h), rows))
-    all_of_them = ids.size(1) == N + chunk.cfg.skip
-    plan = None if all_of_them else sort_rows(ids, N, grouped_dtype(x) is not None)
-    return Decision(kind, h, N, ids, weights, plan, None)
+    if (chunk.router_a if kind == 'A' else chunk.router_f) is None:
+        return type(chunk).choose(chunk, kind, x, h, {})
+    return chunk.decision(kind, h, *(t.to(x.device) for t in decide((c, kind, h), rows)), x)
 
 
 def shuffled(decisions, order):
@@ -270,10 +266,10 @@ def analyse(model, idx, kinds, device, batch, seed):
 
 def save(figure, numbers, name):
     """A figure as out_dir/<name>.png, its numbers as out_dir/<name>.json."""
-    with config.atomic_write(os.path.join(out_dir, f'{name}.png')) as f:
+    with common.atomic_write(os.path.join(out_dir, f'{name}.png')) as f:
         figure.savefig(f, format='png', dpi=130, bbox_inches='tight')
     plt.close(figure)
-    with config.atomic_write(os.path.join(out_dir, f'{name}.json')) as f:
+    with common.atomic_write(os.path.join(out_dir, f'{name}.json')) as f:
         f.write(json.dumps(numbers, indent=1).encode() + b'\n')
     print(os.path.join(out_dir, f'{name}.png'))
 
@@ -424,7 +420,7 @@ text begins.</p>''']
         parts.append(f'<details{" open" * (n < 2)}><summary>{title(one)}</summary><p>{"".join(keys)}</p>'
                      f'<div class="text">{"".join(spans)}</div></details>')
     parts.append('</body></html>\n')
-    with config.atomic_write(os.path.join(out_dir, 'page.html')) as f:
+    with common.atomic_write(os.path.join(out_dir, 'page.html')) as f:
         f.write('\n'.join(parts).encode())
     print(os.path.join(out_dir, 'page.html'))
 
@@ -436,12 +432,12 @@ def main():
             raise ValueError(f'{key}={settings[key]} must be at least 1')
     if seed < 0:
         raise ValueError(f'seed={seed} must be at least 0')
-    device = config.find_device(device)
+    device = common.find_device(device)
     checkpoint = load_checkpoint(source) if os.path.exists(source) else {}
     model = GPT.from_pretrained(source).to(device).eval()
     if model.cfg.phi == 'share' or model.cfg.vanilla:
         raise ValueError(f'{source} has no routers, so there is nothing to see: give a model of phase two')
-    tokenizer = config.tokenizer(checkpoint['meta']['tokenizer'])
+    tokenizer = common.tokenizer(checkpoint['meta']['tokenizer'])
     folder = source if os.path.isdir(source) else os.path.dirname(source)
     out_dir = out_dir or os.path.join(folder, 'routes')
     idx = read_ids(tokenizer, model.cfg.block_size, checkpoint)
@@ -459,7 +455,7 @@ def main():
     draw_transitions(chunks)
     draw_skips(chunks)
     write_page(texts, idx.shape[1] - 1, named, chunks)
-    with config.atomic_write(os.path.join(out_dir, 'analysis.json')) as f:
+    with common.atomic_write(os.path.join(out_dir, 'analysis.json')) as f:
         f.write(json.dumps(dict(source=source, settings=settings, **numbers), indent=1).encode() + b'\n')
     print(os.path.join(out_dir, 'analysis.json'))
 

@@ -14,6 +14,7 @@
 Of a config file the model's settings and micro_batch count. Weights are random, or those of --weights; tokens are
 random. What is compared is timed in turn within one run, after a first call that is timed apart (it compiles and fills
 caches) and a second one. Figures are medians of `repeats` calls. FLOPs are active ones: what SKIP saves does not count.
+route and ablate take one chunk of 4 if chunks is not given; route takes K = 2, then 3, if K is not given.
 
 Peak memory is torch's on a GPU, weights and optimizer included; on the CPU it is the process's, until the first model
 has run twice. The last line on stdout is one JSON object: mode, machine, and the rows of the table ('runs' in runs,
@@ -37,8 +38,10 @@ from functools import partial
 import torch
 from torch.nn import functional as F
 
-import config
-from model import GPT, Cache, Decision, MoMConfig, has_grouped_mm, load_checkpoint, qkv_in, read_weights, top_k
+import common
+from model import GPT, MoMConfig, attn_in, has_grouped_mm, top_k
+from sample import Cache
+from weights import load_checkpoint, read_weights
 
 # --- what
 mode = 'runs'            # 'runs', 'table1', 'train', 'forward', 'decode', 'route', 'ablate', 'scale' or 'saved'
@@ -47,6 +50,7 @@ size = 'small,medium,large'    # table1: which sizes
 k_a = 0.0                # table1: attention modules per token and step of the MoM rows, at most K; 0 is K
 k_f = 0.0                # table1: feed-forward modules likewise
 measure = False          # table1: run a cached prefill of each model and measure its memory
+weights = ''             # a run's directory or checkpoint, a GPT-2 name, a Hugging Face directory; '' is random
 compare = ''             # train, forward, decode: 'hf' or 'hf,vanilla'; forward and decode of a MoM always have vanilla
 hf_dtype = ''            # decode: the type of transformers' weights, 'float32' or 'bfloat16'; '' is dtype
 profile = False          # train, forward, decode: the operators that take longest, and a trace
@@ -59,32 +63,6 @@ prompt = 64              # decode: tokens before the first new one
 new = 64                 # decode: new tokens
 tokens = 4096            # route: tokens, in sequences of block_size
 repeats = 5              # timed calls of each thing
-# --- model
-weights = ''             # a run's directory or checkpoint, a GPT-2 name, a Hugging Face directory; '' is random
-chunks = '1-1-1-1-1-1-1-1-1-1-1-1'   # N of each chunk; 1 is a vanilla block. route: one chunk, of 4 if not given
-phi = 'mom'              # 'mom', 'layer_skip', 'early_exit', 'share', 'moe', 'moe_share' or 'mod'
-K = 2                    # modules selected per token and step, SKIP among them. route: 2, then 3, if not given
-H = 6                    # assembly steps of a chunk with N > 1 under 'mom'
-skip = True              # routers may choose SKIP
-N_A = 0                  # attention modules kept of each chunk, the first ones; 0 keeps all
-N_F = 0                  # feed-forward modules likewise
-keep_A = []              # which attention modules to keep instead, such as [0,2]
-keep_F = []              # which feed-forward modules
-tied = False             # all modules of a chunk are its first one (MoM-same)
-c_share = []             # 'share': the module of each step, such as [0,0,1,1]
-experts = 4              # 'moe': experts of a layer
-capacity = 0.125         # 'mod': share of the tokens that go through a routed block
-router = 'gru'           # 'gru', 'mlp' or 'linear'
-router_dim = 256         # width of the routers' state
-router_weights = 'linear'      # 'linear' or 'softmax'
-tau = 0.2                # temperature of the softmax weights
-router_start = 'fresh'   # or 'layers'
-weigh_qkv = False        # r weighs q, k and v as well
-balance = 0.0            # coefficient of the load-balancing loss
-n_embd = 768             # width
-n_head = 12              # heads
-block_size = 1024        # tokens of a sequence
-vocab_size = 50257       # kinds of token
 # --- system
 device = 'auto'          # 'auto', 'cpu', 'cuda'
 dtype = 'auto'           # 'bfloat16' or 'float32', of autocast, in decode of the weights; auto: bfloat16 on a GPU
@@ -119,15 +97,17 @@ def model_settings(values):
 def arguments():
     """The command line, with --key=value in the place of config files, which are train.py's, for what counts here."""
     for arg in sys.argv[1:]:
-        if not arg.endswith('.py') or not os.path.isfile(arg):  # config.load has a sentence for a missing file
+        if not arg.endswith('.py') or not os.path.isfile(arg):  # common.load has a sentence for a missing file
             yield arg
             continue
-        values = FILES[arg] = config.read_file(arg)
+        values = FILES[arg] = common.read_file(arg)
         kept = {key: values[key] for key in ('micro_batch',) if key in values}
         yield from (f'--{key}={value}' for key, value in {**kept, **model_settings(values)}.items())
 
 
-settings, given = config.load(globals(), arguments())
+settings, given = common.load(globals(), arguments(), model=MoMConfig)
+chunks, K, H = settings['chunks'], settings['K'], settings['H']
+n_embd, n_head, block_size = settings['n_embd'], settings['n_head'], settings['block_size']
 
 # ----------------------------------------------------------------------------- settings, checked before anything long
 
@@ -151,7 +131,7 @@ for key, known in dict(dtype='auto bfloat16 float32', hf_dtype='bfloat16 float32
     for value in settings[key].split(',') if several else [settings[key]]:
         if value not in known.split() and not (may_be_empty and not settings[key]):
             raise ValueError(f'{key}={settings[key]!r}: {value!r} is none of {known.replace(" ", ", ")}')
-device = config.find_device(device)
+device = common.find_device(device)
 on_gpu = device != 'cpu'
 if dtype == 'auto':  # Table 1 is counted in fp32
     dtype = 'bfloat16' if mode == 'saved' or on_gpu and mode not in ('runs', 'table1') else 'float32'
@@ -292,8 +272,8 @@ def measured_gib(cfg, B, T):
 def table1_row(name, of_size, rates):
     """rates: {assembly: (k_a, k_f)} as runs measured them."""
     stem, *figures = PAPER[name]
-    path = os.path.join(config.ROOT, 'config', stem.format(of_size) + '.py')
-    shape = model_settings(config.read_file(path))
+    path = os.path.join(common.ROOT, 'config', stem.format(of_size) + '.py')
+    shape = model_settings(common.read_file(path))
     cfg, (tflops, gib) = MoMConfig(**shape), figures[['small', 'medium', 'large'].index(of_size)]
     model, k, k_eff = on_meta(cfg), (None, None), None
 
@@ -351,7 +331,7 @@ def build(name, cfg):
     if compile:  # as train.py does it
         whole = cfg.vanilla or dtype == 'bfloat16' and has_grouped_mm(torch.device(device), cfg.n_embd)
         for part in [model] if name == 'hf' or whole else [
-                chunk for chunk, shape in zip(model.chunks, cfg.shapes) if shape.phi in ('vanilla', 'share')]:
+                chunk for chunk, plan in zip(model.chunks, cfg.plans) if plan.phi in ('vanilla', 'share')]:
             part.compile()
     return model
 
@@ -401,8 +381,8 @@ def weights_read(model, cfg, decisions, B, start, width):
     C = cfg.n_embd
     sizes = {'qkv': 3 * C * C + 5 * C, 'out': C * C + C, 'ffn': 8 * C * C + 7 * C}  # LayerNorms and biases too
     total = width * (cfg.vocab_size + 3) * C  # the head, the last LayerNorm, a position
-    for chunk, shape, decided in zip(model.chunks, cfg.shapes, decisions):
-        reads = dict.fromkeys(sizes, shape.H)
+    for chunk, decided in zip(model.chunks, decisions):
+        reads = dict.fromkeys(sizes, chunk.H)
         for d in decided:
             ids = d.ids.view(B, -1, d.ids.size(1))[:, start:].transpose(0, 1).tolist()  # (positions, B, K)
             sets = [{frozenset(0 if cfg.tied else i for i in token if i < d.N) for token in position}
@@ -411,7 +391,7 @@ def weights_read(model, cfg, decisions, B, start, width):
             for part in {'A': ('qkv', 'out'), 'F': ('ffn',), 'T': sizes}[d.kind]:
                 reads[part] += (statistics.mean(map(len, sets)) if part == 'qkv' and chunk.S else modules) - 1
         routers = sum(p.numel() for key, p in chunk.named_parameters() if key.startswith(('router', 'predictor')))
-        total += 4 * routers * (1 if cfg.router == 'linear' else shape.H)
+        total += 4 * routers * (1 if cfg.router == 'linear' else chunk.H)
         total += width * sum(sizes[part] * n for part, n in reads.items())
     return total
 
@@ -454,7 +434,7 @@ if mode in ('train', 'forward', 'decode'):
         peak = (torch.cuda.max_memory_allocated(device) - before if on_gpu else
                 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if name == 'model' else None)
         calls |= {(name, part): call for part, call in parts.items()}
-        decisions, bare = [[]] * len(cfg.shapes), on_meta(cfg)
+        decisions, bare = [[]] * len(cfg.plans), on_meta(cfg)
         if name == 'model':
             with torch.no_grad(), autocast:
                 decisions = model.features(main()[:, :-1] if mode == 'decode' else x)[1]
@@ -585,10 +565,10 @@ def every_module(cfg):
         r, state[kind] = router(x, state.get(kind), h)
         ids, weights = top_k(r, cfg.K, cfg.router_weights, cfg.tau)
         all_weights = torch.zeros(len(x), N + 1, device=device).scatter(1, ids, weights)
-        return Decision(kind, h, N, torch.arange(N + 1, device=device).expand(len(x), -1), all_weights, None, None)
+        return chunk.decision(kind, h, torch.arange(N + 1, device=device).expand(len(x), -1), all_weights, x)
 
-    def qkv(attn, merged, x, d):
-        return sum(qkv_in(m, x) * (d.weights[:, i:i + 1] != 0) for i, m in enumerate(attn[0]))
+    def qkv(pools, x, d):
+        return sum(attn_in(m, x) * (d.weights[:, i:i + 1] != 0) for i, m in enumerate(pools.attn.each))
     chunk.choose, chunk.qkv, chunk.S = choose, qkv, 0
     return chunk
 
@@ -652,8 +632,8 @@ def saved_rows(cfg):
     and merging are used whatever the device, as they are for the thousands of tokens of a micro-batch on a GPU."""
     import model as model_file
     model_file.grouped_dtype = lambda x: torch.bfloat16
-    for shape, many in Counter(map(str, cfg.shapes)).items():
-        i = [*map(str, cfg.shapes)].index(shape)
+    for plan, many in Counter(map(str, cfg.plans)).items():
+        i = [*map(str, cfg.plans)].index(plan)
         one = dataclasses.replace(cfg, vocab_size=1)
         with torch.device('meta'):
             bare = GPT(one).chunks[i]
@@ -673,7 +653,7 @@ def saved_rows(cfg):
                 y = chunk(x)
             kept.append(sum(n for at, n in seen.items() if at not in own))
             del y
-        yield {'chunk': cfg.shapes[i].phi, 'N': cfg.sizes[i], 'H': cfg.shapes[i].H, 'how many': many,
+        yield {'chunk': cfg.plans[i].phi, 'N': cfg.sizes[i], 'H': cfg.plans[i].H, 'how many': many,
                'KiB/token': round((kept[1] - kept[0]) / 64 / 1024, 1),
                'MiB once': round((2 * kept[0] - kept[1]) / 2**20, 1)}
 

@@ -44,7 +44,7 @@ from torch.nn import functional as F
 from torchmetrics.functional import accuracy, f1_score, matthews_corrcoef, pearson_corrcoef, spearman_corrcoef
 from tqdm import tqdm
 
-import config
+import common
 from model import GPT
 
 # --- what
@@ -74,7 +74,7 @@ grad_clip = 1.0               # largest gradient norm; 0 is off
 device = 'auto'               # 'auto', 'cpu', 'cuda'
 dtype = 'auto'                # autocast: 'bfloat16' or 'float32'; auto is bfloat16 on a GPU
 # ---
-settings, given = config.load(globals()) if __name__ == '__main__' else ({}, set())  # not in tests
+settings, given = common.load(globals()) if __name__ == '__main__' else ({}, set())  # not in tests
 
 # Columns, label names, figure of Table 5, the paper's batch size, epochs or steps, and {server's name: split}.
 Task = namedtuple('Task', 'columns labels metric batch_size epochs max_steps splits')
@@ -194,7 +194,7 @@ def data_of(name):
     digest = hashlib.sha256()
     for path in sorted(glob.glob(os.path.join(glob.escape(data_dir), name, '*'))) if data_dir else ():
         if path.endswith(ENDINGS):
-            digest.update(f'{os.path.basename(path)} {config.sha256(path)}\n'.encode())
+            digest.update(f'{os.path.basename(path)} {common.sha256(path)}\n'.encode())
     return digest.hexdigest() if data_dir else hub_id
 
 
@@ -356,7 +356,7 @@ def write_predictions(path, name, predicted):
     labels = TASKS[name].labels
     values = ([f'{value:.5f}' for value in predicted.clamp(0, 5).tolist()] if not labels else  # the scale of STS-B
               [labels[i] if name in BY_NAME else str(i) for i in predicted.tolist()])
-    with config.atomic_write(path) as f:
+    with common.atomic_write(path) as f:
         f.write('\n'.join(['index\tprediction', *(f'{i}\t{value}' for i, value in enumerate(values)), '']).encode())
 
 
@@ -414,13 +414,13 @@ def main():
         raise ValueError(f'warmup={warmup} is a share of the steps: 0 <= warmup < 1')
     if paper_row and paper_row not in PAPER:
         raise ValueError(f"paper_row={paper_row!r} must be '' or one of {', '.join(PAPER)}")
-    on = config.find_device(device)
+    on = common.find_device(device)
     if dtype not in ('auto', 'bfloat16', 'float32'):
         raise ValueError(f"dtype={dtype!r} must be 'auto', 'bfloat16' or 'float32'")
     precision = ('bfloat16' if on.startswith('cuda') else 'float32') if dtype == 'auto' else dtype
-    folder = out_dir or os.path.join('out', f'glue_{config.run_name(source)}')
+    folder = out_dir or os.path.join('out', f'glue_{common.run_name(source)}')
 
-    base, tokenizer = GPT.from_pretrained(source), config.tokenizer_of(source)
+    base, tokenizer = GPT.from_pretrained(source), common.tokenizer_of(source)
     if tokenizer.n_vocab > base.cfg.vocab_size:
         raise ValueError(f'{source} knows {base.cfg.vocab_size} kinds of token and its tokenizer {tokenizer.name!r} '
                          f'makes {tokenizer.n_vocab}: take weights that were trained with that tokenizer')
@@ -458,7 +458,7 @@ def main():
             data[name][split] = encode_rows(name, split, where, rows, tokenizer, tokens)
 
     if world > 1:
-        on = config.join_processes(on)
+        on = common.join_processes(on)
     say(f'{source}: chunks {base.cfg.chunks}, {base.num_params()[0]:,} parameters, tokenizer {tokenizer.name!r}; '
         f'{on} x {world}, {precision}; at most {tokens} tokens')
 
@@ -505,21 +505,21 @@ def main():
         result.update(steps=steps, train_loss=loss, labels=t.labels, model_config=asdict(base.cfg),
                       torch=str(torch.__version__), seconds=round(time.time() - began, 1))
         if is_main and save:
-            with config.atomic_write(os.path.join(folder, f'{name}_seed{s}.pt')) as f:
+            with common.atomic_write(os.path.join(folder, f'{name}_seed{s}.pt')) as f:
                 torch.save(dict(result, model=model.state_dict(), head=head.state_dict(),
                                 meta=dict(tokenizer=tokenizer.name)), f)
         if is_main:  # last, and whole: where this file is, the others are
-            with config.atomic_write(finished(folder, want)[1]) as f:
+            with common.atomic_write(finished(folder, want)[1]) as f:
                 f.write(json.dumps(result, indent=2).encode() + b'\n')
 
     if is_main:
         found = [finished(folder, want) for want in plan]
         table = markdown([result for result, _, other in found if result and not other], seeds, source)
-        with config.atomic_write(os.path.join(folder, 'results.md')) as f:
+        with common.atomic_write(os.path.join(folder, 'results.md')) as f:
             f.write(table.encode())
         say(f'\n{table}\n{folder}/results.md')
     if world > 1:
-        config.leave_processes()
+        common.leave_processes()
 
 
 if __name__ == '__main__':

@@ -26,8 +26,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-import config
-from model import GPT, load_checkpoint
+import common
+from model import GPT
+from weights import load_checkpoint
 
 # --- run
 source = 'out/mom_demo'       # a run's directory or checkpoint, a GPT-2 name, or a Hugging Face directory
@@ -66,7 +67,7 @@ paper_row = ''                # a row of the paper's Table 6 to put beside ours,
 device = 'auto'               # 'auto', 'cpu', 'cuda'
 dtype = 'auto'                # autocast of the loss: 'bfloat16' or 'float32'; auto is bfloat16 on a GPU
 # ---
-settings, given = config.load(globals())
+settings, given = common.load(globals())
 
 TABLE_6 = {  # ROUGE-1, -2, -L and their mean, of small, medium and large
     'GPT2': ((20.80, 5.05, 16.92, 14.26), (25.07, 8.35, 21.00, 18.14), (28.16, 9.92, 22.98, 20.35)),
@@ -99,15 +100,15 @@ if len(shares) != 3 or abs(sum(shares) - 1) > 1e-6:
 paper = {f'{name} {size}': r for name, row in TABLE_6.items() for size, r in zip(('small', 'medium', 'large'), row)}
 if paper_row and paper_row not in paper:
     raise ValueError(f'paper_row={paper_row!r} is not in Table 6: take one of {", ".join(paper)}')
-device = config.find_device(device)
+device = common.find_device(device)
 dtype = ('bfloat16' if device == 'cuda' else 'float32') if dtype == 'auto' else dtype
 autocast = torch.autocast(device, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
-out_dir = out_dir or os.path.join('out', f'xsum_{config.run_name(source)}')
+out_dir = out_dir or os.path.join('out', f'xsum_{common.run_name(source)}')
 
 if overwrite and os.path.abspath(source).startswith(os.path.abspath(out_dir) + os.sep):
     raise ValueError(f'source={source} lies in {out_dir}, which overwrite=True empties: take another --out_dir')
 
-model, tokenizer = GPT.from_pretrained(source), config.tokenizer_of(source)
+model, tokenizer = GPT.from_pretrained(source), common.tokenizer_of(source)
 start = {name: w.clone() for name, w in model.state_dict().items()}  # what every seed starts from
 if model.cfg.vocab_size < tokenizer.n_vocab:
     raise ValueError(f'{source} knows {model.cfg.vocab_size} tokens, its tokenizer {tokenizer.name!r} makes '
@@ -236,7 +237,7 @@ if not fresh:
 # ----------------------------------------------------------------------------- processes
 
 if world > 1:
-    device = config.join_processes(device)
+    device = common.join_processes(device)
 model.to(device)
 
 
@@ -249,7 +250,7 @@ def say(text):
 def write(name, text):
     """A file of out_dir, whole or not at all, by the first rank."""
     if is_main:
-        with config.atomic_write(os.path.join(out_dir, name)) as f:
+        with common.atomic_write(os.path.join(out_dir, name)) as f:
             f.write(text.encode())
 
 
@@ -377,7 +378,7 @@ def fine_tune(seed):
         say(f'seed {seed} | epoch {epoch + 1}/{epochs} | training loss {mean:.4f} | held-out loss {losses[-1]:.4f}')
         write(f'seed{seed}/log.csv', '\n'.join(','.join(map(str, r)) for r in [('step', 'loss', 'lr', 'norm'), *log]))
         if is_main:
-            with config.atomic_write(path) as f:  # sample.py and this script take it as a source
+            with common.atomic_write(path) as f:  # sample.py and this script take it as a source
                 torch.save(dict(model=model.state_dict(), model_config=asdict(model.cfg), settings=settings, log=log,
                                 meta={'tokenizer': tokenizer.name}, epoch=epoch + 1, losses=losses,
                                 optimizer=optimizer.state_dict() if epoch + 1 < epochs else None), f)
@@ -497,4 +498,4 @@ if is_main:
     say(f'\n{report}\n{out_dir}: results.md, results.json, and of each seed {"last.pt, log.csv and " * bool(epochs)}'
         'summaries.jsonl')
 if world > 1:
-    config.leave_processes()
+    common.leave_processes()

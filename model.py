@@ -51,10 +51,10 @@ class MoMConfig:
     router_start: str = 'fresh'     # or 'layers': routers begin at the layers' order; see Router
     weigh_qkv: bool = False         # r weighs q, k and v as well; Eq. 5 adds them up unweighted
     balance: float = 0.0            # coefficient of the load-balancing loss; it hurt the paper (D.2)
-    n_embd: int = 768               # C
-    n_head: int = 12                # nh
+    n_embd: int = 768               # width, C
+    n_head: int = 12                # heads, nh
     block_size: int = 1024          # longest sequence
-    vocab_size: int = 50257         # V
+    vocab_size: int = 50257         # kinds of token, V
 
     def __post_init__(self):
         check(self)
@@ -120,7 +120,7 @@ def linear(x, w, b):
 
 # What modules do to the tokens x (M, C). m: one module.
 
-def qkv(m, x):  # -> (M, 3C)
+def attn_in(m, x):  # -> (M, 3C): q, k and v
     return linear(norm(x, m.ln_w, m.ln_b), m.qkv_w, m.qkv_b)
 
 
@@ -270,7 +270,7 @@ Decision = namedtuple('Decision', 'kind step N ids weights aux route')
 def assemble(fn, modules, x, d, weighted=True):
     """The sums of Eq. 5 and 6 over each token's own picks k: sum_k r_k fn(module_k, x) -> (M, out).
 
-    fn: qkv, attn_out or ffn; modules: a Modules; x (M, in); d: the Decision. weighted=False leaves
+    fn: attn_in, attn_out or ffn; modules: a Modules; x (M, in); d: the Decision. weighted=False leaves
     r_k out. A token that picked only SKIP gets zeros.
     """
     total = None
@@ -355,7 +355,7 @@ class Chunk(nn.Module):
     def qkv(self, pools, x, d):
         """The inner sums of Eq. 5: tokens x (M, C) -> their q, k, v (M, 3C). They are unweighted there."""
         if pools.merged is None or d.ids is None:
-            return assemble(qkv, pools.attn, x, d, weighted=self.cfg.weigh_qkv)
+            return assemble(attn_in, pools.attn, x, d, weighted=self.cfg.weigh_qkv)
         return assemble(merged_qkv, pools.merged, x, self.by_subset(x, d))
 
     def on_chosen_tokens(self, x, cache=None, first_step=0, count=None):
@@ -532,10 +532,11 @@ class GPT(nn.Module):
                 loss = loss + (decision.aux - decision.aux.detach())
         return logits, loss
 
-    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, **how):
-        """Continue each row of idx (B, T) by max_new_tokens tokens -> (B, T + new): sample.generate."""
+    def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, beams=1,
+                 stop=None, lengths=None, vocab=None):
+        """Continue each row of idx (B, T) -> (B, T + max_new_tokens); see sample.generate."""
         from sample import generate
-        return generate(self, idx, max_new_tokens, temperature, top_k, **how)
+        return generate(self, idx, max_new_tokens, temperature, top_k, top_p, beams, stop, lengths, vocab)
 
     @classmethod
     def from_pretrained(cls, source, **overrides):

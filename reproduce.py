@@ -40,8 +40,9 @@ import matplotlib
 import numpy as np
 import torch
 
-import config
-from model import GPT, MoMConfig, load_checkpoint
+import common
+from model import GPT, MoMConfig
+from weights import load_checkpoint
 
 # --- what
 scale = 'cpu'      # 'cpu', 'gpu', 'paper', 'ratio', or 'tiny', which takes seconds and shows nothing
@@ -64,7 +65,7 @@ workers = 0        # cells at a time; 0 is the scale's. On a CPU, two on one thr
 processes = 0      # of one training, by torchrun; 0 is the scale's
 device = 'auto'    # train.py's
 # ---
-settings, given = config.load(globals())
+settings, given = common.load(globals())
 
 CLOSE = {'loss': 0.02, 'spikes': 0.2}  # with one seed a smaller difference, in nats per token for loss, decides nothing
 T95 = [12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26]  # standard errors of the mean of 2, 3, ... 10 seeds
@@ -136,12 +137,12 @@ if not data_dir:
 # ----------------------------------------------------------------------------- cells: what is to be trained
 
 MIXTRAL = dict(router='linear', router_weights='softmax', tau=1.0, skip=False)
-common = {k: S[k] for k in ('batch_size', 'micro_batch', 'eval_tokens', 'block_size')}
+shared_settings = {k: S[k] for k in ('batch_size', 'micro_batch', 'eval_tokens', 'block_size')}
 if scale == 'paper':
-    one = config.read_file(f'{config.ROOT}/config/gpt2_{size}.py')
-    two = config.read_file(f'{config.ROOT}/config/mom_{size}_k2h6s.py')
+    one = common.read_file(f'{common.ROOT}/config/gpt2_{size}.py')
+    two = common.read_file(f'{common.ROOT}/config/mom_{size}_k2h6s.py')
     shape = dict(n_embd=one['n_embd'], n_head=one['n_head'])
-    LAYERS, CHUNKS, common['micro_batch'] = one['chunks'], two['chunks'], two['micro_batch']
+    LAYERS, CHUNKS, shared_settings['micro_batch'] = one['chunks'], two['chunks'], two['micro_batch']
 else:
     shape = dict(n_embd=S['n_embd'], n_head=S['n_head'])
     LAYERS, CHUNKS = '1-1-1-1-1-1-1-1', '1-1-4-1-1'
@@ -379,8 +380,9 @@ def asked(name, rate, seed):
         start = os.path.join(folder(before[0], rate_of(before[0]), before[1]), 'last.pt')
     first = name == 'scratch' or cell['family'] == 'phase_one'
     batches = 1000 * seed + (337 if first else 338)  # 1337 and 1338, as in config/; 2337 and 2338; ...
-    return dict(common, **cell['model'], data_dir=data_dir, init_from=start, seed=batches, learning_rate=float(rate),
-                max_steps=cell['max_steps'], eval_every=math.ceil(cell['max_steps'] / S.get('evaluations', 4)))
+    return dict(shared_settings, **cell['model'], data_dir=data_dir, init_from=start, seed=batches,
+                learning_rate=float(rate), max_steps=cell['max_steps'],
+                eval_every=math.ceil(cell['max_steps'] / S.get('evaluations', 4)))
 
 
 def step_flops(model, k_a=None, k_f=None):
@@ -584,13 +586,13 @@ def write_report():
         save_figure(fig, 'fig5')
     lines += [f'\n![{name}]({name}.png)' for name in chosen if name.startswith('fig')]
     for file, body in (('results.md', '\n'.join(lines)), ('results.json', json.dumps(result, indent=1))):
-        with config.atomic_write(os.path.join(out_dir, file)) as f:
+        with common.atomic_write(os.path.join(out_dir, file)) as f:
             f.write(body.encode() + b'\n')
     turn.close()
 
 
 def save_figure(fig, name):
-    with config.atomic_write(os.path.join(out_dir, f'{name}.png')) as f:
+    with common.atomic_write(os.path.join(out_dir, f'{name}.png')) as f:
         fig.savefig(f, format='png', dpi=120)
     matplotlib.pyplot.close(fig)
 
@@ -621,7 +623,7 @@ def start(name, rate, seed, state):
     launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}'] if processes > 1 else []
     with open(os.path.join(where, 'output.txt'), 'ab') as output:
         return subprocess.Popen(
-            [sys.executable, *launch, os.path.join(config.ROOT, 'train.py'), f'--out_dir={where}', '--log_every=50',
+            [sys.executable, *launch, os.path.join(common.ROOT, 'train.py'), f'--out_dir={where}', '--log_every=50',
              f'--device={device}', *(f'--{k}={v}' for k, v in values.items())],
             stdout=output, stderr=output, start_new_session=True, pass_fds=[lock.fileno()],
             env=dict({'OMP_NUM_THREADS': str(max(1, os.cpu_count() // workers))}, **os.environ))
@@ -718,7 +720,7 @@ if os.path.exists(meta_path):
     if 'text' in given:
         print(f'{data_dir} is there already: {text} is not read again')
 else:
-    if subprocess.run([sys.executable, os.path.join(config.ROOT, 'prepare.py'), f'--dataset={text}',
+    if subprocess.run([sys.executable, os.path.join(common.ROOT, 'prepare.py'), f'--dataset={text}',
                        f'--tokenizer={S["tokenizer"]}', f'--out_dir={data_dir}']).returncode:
         raise ValueError(f'{text} could not be made into tokens (see above): name another --text')
 try:

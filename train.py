@@ -7,6 +7,8 @@
   python train.py --out_dir=out/mom_demo --init_from=resume            go on where that run stopped
 
 The defaults are the paper's recipe (section 4.1). Any setting: in a config file, or as --key=value.
+Settings of the model are the fields of MoMConfig (model.py), except vocab_size, which comes from the
+data. Of weights that are loaded, what is not given stays as it is.
 """
 import csv
 import hashlib
@@ -31,8 +33,9 @@ from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
-import config
-from model import GPT, MoMConfig, has_grouped_mm, load_checkpoint, regroup
+import common
+from model import GPT, MoMConfig, has_grouped_mm
+from weights import load_checkpoint, regroup
 
 # --- run
 out_dir = 'out/run'                  # checkpoints last.pt and best.pt, and log.csv
@@ -40,30 +43,6 @@ data_dir = 'data/openwebtext_gpt2'   # train.bin, val.bin and meta.json, made by
 init_from = 'scratch'                # 'scratch', 'resume', a GPT-2 name, a Hugging Face directory, our checkpoint
 overwrite = False                    # start anew in an out_dir that holds a run
 seed = 1337                          # of the weights and of the data order; phase two takes another one
-# --- model (of weights that are loaded, what is not given stays as it is)
-chunks = '1-1-1-1-1-1-1-1-1-1-1-1'   # N of each chunk; 1 is a vanilla block
-phi = 'mom'                          # 'mom', 'layer_skip', 'early_exit', 'share', 'moe', 'moe_share' or 'mod'
-K = 2                                # modules selected per token and step, SKIP among them
-H = 6                                # assembly steps of a chunk with N > 1 under 'mom'
-skip = True                          # routers may choose SKIP
-N_A = 0                              # attention modules kept of each chunk, the first ones; 0 keeps all
-N_F = 0                              # feed-forward modules likewise
-keep_A = []                          # which attention modules to keep instead, such as [0,2]
-keep_F = []                          # which feed-forward modules
-tied = False                         # all modules of a chunk are its first one (MoM-same)
-c_share = []                         # 'share': the module of each step, such as [0,0,1,1]
-experts = 4                          # 'moe': experts of a layer
-capacity = 0.125                     # 'mod': share of the tokens that go through a routed block
-router = 'gru'                       # 'gru', 'mlp' or 'linear'
-router_dim = 256                     # width of the routers' state
-router_weights = 'linear'            # 'linear' or 'softmax'
-tau = 0.2                            # temperature of the softmax weights
-router_start = 'fresh'               # or 'layers': routers begin at the layers' own order, not in the paper
-weigh_qkv = False                    # r weighs q, k and v as well, not in the paper
-balance = 0.0                        # coefficient of the load-balancing loss
-n_embd = 768                         # width
-n_head = 12                          # heads
-block_size = 1024                    # tokens of a sequence
 # --- optimisation
 max_steps = 20_000                   # optimizer steps; the paper: 20k in phase one, 10k in phase two
 batch_size = 512                     # sequences per step, over all processes and micro-batches
@@ -86,7 +65,7 @@ compile = False                      # torch.compile: the whole model; on the CP
 fsdp = False                         # shard weights, gradients and optimizer over the processes (FSDP2)
 checkpointing = False                # keep the chunks' inputs only and compute the rest again: less memory, slower
 # ---
-settings, given = config.load(globals())
+settings, given = common.load(globals(), model=MoMConfig, without=('vocab_size',))
 
 # ----------------------------------------------------------------------------- settings, checked before anything long
 
@@ -108,7 +87,7 @@ if checkpoint:
     was = {k: v for k, v in checkpoint['settings'].items()
            if k in settings and k != 'out_dir' and (k not in given or k == 'init_from')}  # a folder may have moved
     settings.update(was)
-    globals().update(settings)
+    globals().update((k, v) for k, v in was.items() if k in globals())
 elif (os.path.exists(last_pt) or os.path.exists(best_pt)) and not overwrite:
     raise ValueError(f'{out_dir} holds a run: go on with it (--init_from=resume), take another --out_dir, '
                      'or lose it (--overwrite=True)')
@@ -128,7 +107,7 @@ for key in ('beta1', 'beta2'):
         raise ValueError(f'{key}={settings[key]} must be at least 0 and below 1')
 if not 0 <= warmup < 1:
     raise ValueError(f'warmup={warmup} is a share of the steps: 0 <= warmup < 1')
-device = config.find_device(device)
+device = common.find_device(device)
 if dtype not in ('auto', 'bfloat16', 'float16', 'float32'):
     raise ValueError(f"dtype={dtype!r} must be 'auto', 'bfloat16', 'float16' or 'float32'")
 dtype = ('bfloat16' if device.startswith('cuda') else 'float32') if dtype == 'auto' else dtype
@@ -149,7 +128,7 @@ def read_meta():
     try:
         with open(path, encoding='utf-8') as f:
             meta = json.load(f)
-        if meta.pop('seal', None) != config.seal(meta):
+        if meta.pop('seal', None) != common.seal(meta):
             raise ValueError('it was changed')
     except (ValueError, AttributeError, TypeError) as error:  # not JSON, not UTF-8, no object
         raise ValueError(f'{path} is not one of prepare.py ({type(error).__name__}: {error}): {again}') from error
@@ -205,7 +184,7 @@ meta = read_meta()
 # ----------------------------------------------------------------------------- processes
 
 if world > 1:
-    device = config.join_processes(device)
+    device = common.join_processes(device)
 is_main = rank == 0
 
 
@@ -348,7 +327,7 @@ def save():
     try:
         with open(log_path, 'a') as f:
             os.fsync(f.fileno())  # the log reaches the disk before the checkpoint does
-        with config.atomic_write(last_pt) as f:
+        with common.atomic_write(last_pt) as f:
             torch.save(state, f)
         if val_step == step and val_loss == best_loss:
             keep_best()
@@ -411,7 +390,7 @@ if is_main:
             if os.path.exists(path):
                 os.unlink(path)
     try:
-        with config.atomic_write(log_path) as f:
+        with common.atomic_write(log_path) as f:
             f.write('\n'.join(','.join(row) for row in [COLUMNS, *kept]).encode() + b'\n')
     except OSError as error:
         raise not_written(log_path, error) from error
@@ -527,4 +506,4 @@ memory = (1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss if device ==
 say(f'{step - first_step} steps in {clock(time.time() - started)}; best validation loss {best_loss:.4f}; '
     f'peak memory {memory / 2**30:.2f} GiB' + (' per process' if world > 1 else ''))
 if world > 1:
-    config.leave_processes()
+    common.leave_processes()

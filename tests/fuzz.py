@@ -21,14 +21,14 @@ import torch
 import transformers
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import config
+import common
 from tests import kill
 
 # ---
 cases = 1000  # how many
 seed = 1      # of what is damaged, and how
 # ---
-settings, given = config.load(globals()) if __name__ == '__main__' else ({}, set())
+settings, given = common.load(globals()) if __name__ == '__main__' else ({}, set())
 
 
 def train(args, output):

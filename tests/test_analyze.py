@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import analyze
-import config
+import common
 from model import GPT, Decision
 from tests import kill
 from tests.test_model import dense_params, stir, tiny
@@ -162,7 +162,7 @@ def test_equal_tokens_exchange_their_routes(monkeypatch):
 def test_kinds_of_tokens():
     raw = [b'\n', b'The', b' state', b's', b' ', b'1', b' 24', b',', b'.\n', '–'.encode(), b'\xe2',
            b'<|endoftext|>', b'']
-    texts = analyze.token_texts(config.tokenizer('bytes'), list('Ü–ba'.encode()))
+    texts = analyze.token_texts(common.tokenizer('bytes'), list('Ü–ba'.encode()))
     assert [analyze.kind_of(before, b'b') for before in texts] == [1, 2, 1, 1, 1, 2, 2]  # of \xc3, Ü, \xe2, ...
     got = [analyze.KINDS[analyze.kind_of(before, one)] for before, one in zip([''] + [one.decode(
         errors='ignore') for one in raw], raw)]

@@ -11,7 +11,7 @@ import pytest
 import torch
 import transformers
 
-import config
+import common
 from model import GPT, Decision, MoMConfig
 
 SHAPE = dict(chunks='1-4-1', K=2, H=2, router_dim=8, n_embd=16, n_head=2, block_size=24, vocab_size=50)
@@ -30,7 +30,7 @@ SIZES = {'small': ('1-1-4-1-4-1', 768, 12), 'medium': ('1-1-1-4-1-4-1-4-1-4-1-1'
 
 def bench(*argv):
     """The script as a command -> its printed tables, a list of lists of rows, and its last line, read."""
-    done = subprocess.run([sys.executable, 'bench.py', *map(str, argv)], cwd=config.ROOT, text=True,
+    done = subprocess.run([sys.executable, 'bench.py', *map(str, argv)], cwd=common.ROOT, text=True,
                           capture_output=True, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
@@ -51,7 +51,7 @@ def bench(*argv):
 
 def script(monkeypatch, *argv):
     """The script run in this process -> its names."""
-    path = os.path.join(config.ROOT, 'bench.py')
+    path = os.path.join(common.ROOT, 'bench.py')
     monkeypatch.setattr(sys, 'argv', [path, *argv])
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)
     names = {'__name__': 'bench', '__file__': path}
@@ -305,8 +305,8 @@ def test_modules_per_token_and_the_weights_that_they_read(names):
 def test_every_config_file_gives_the_shape_that_its_weights_have(names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where there is no run that a config could start from
     seen = 0
-    for path in glob.glob(os.path.join(config.ROOT, 'config', '[a-z]*.py')):
-        values = config.read_file(path)
+    for path in glob.glob(os.path.join(common.ROOT, 'config', '[a-z]*.py')):
+        values = common.read_file(path)
         cfg = MoMConfig(**names['model_settings'](values))
         assert 'chunks' not in values or cfg.chunks == values['chunks']
         if values.get('init_from') in ('gpt2', 'gpt2-medium', 'gpt2-large'):
@@ -315,7 +315,7 @@ def test_every_config_file_gives_the_shape_that_its_weights_have(names, tmp_path
     assert seen > 9
     shape = dict(n_embd=16, n_head=2, block_size=24, vocab_size=50)
     torch.save({'model': {}, 'model_config': asdict(MoMConfig(chunks='1-1-1-1-1-1', **shape))}, tmp_path / 'last.pt')
-    demo = config.read_file(os.path.join(config.ROOT, 'config', 'mom_demo.py'))
+    demo = common.read_file(os.path.join(common.ROOT, 'config', 'mom_demo.py'))
     taken = MoMConfig(**names['model_settings']({**demo, 'init_from': str(tmp_path)}))
     assert taken == MoMConfig(chunks='1-4-1', K=2, H=4, skip=True, router_dim=64, **shape)
     assert names['model_settings']({'init_from': str(tmp_path)})['chunks'] == '1-1-1-1-1-1'
@@ -342,7 +342,7 @@ MISTAKES = {
 @pytest.mark.parametrize('argv', MISTAKES)
 def test_mistakes_name_the_fix(argv, monkeypatch):
     monkeypatch.setitem(sys.modules, 'transformers', None)  # as if it were not installed
-    monkeypatch.chdir(config.ROOT)
+    monkeypatch.chdir(common.ROOT)
     with pytest.raises(ValueError) as error:
         script(monkeypatch, *argv.split())
     assert MISTAKES[argv] in str(error.value) and '\n' not in str(error.value)

@@ -13,7 +13,7 @@ import time
 import pytest
 import torch
 
-import config
+import common
 from tests import fuzz, kill
 from tests.test_train import ENV, SYSTEMS, command
 
@@ -158,7 +158,7 @@ def test_a_process_that_dies_is_started_again_by_torchrun(whole_2, phase_two, tm
     with open(output, 'w') as f:
         agent = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--max_restarts=1',
                                   '--nproc_per_node=2', 'train.py', *map(str, phase_two), f'--out_dir={out}'],
-                                 cwd=config.ROOT, env=ENV, stdout=f, stderr=subprocess.STDOUT)
+                                 cwd=common.ROOT, env=ENV, stdout=f, stderr=subprocess.STDOUT)
     while '\n9/16 | loss' not in output.read_text():
         assert agent.poll() is None, output.read_text()
         time.sleep(0.005)
@@ -173,8 +173,8 @@ def test_a_thread_that_is_still_at_work_does_not_abort_processes_that_are_done(t
     """As one of gloo's may be: it asks for an interpreter that is no more."""
     (tmp_path / 'script.py').write_text("""
 import threading, torch
-import config
-config.join_processes('cpu')
+import common
+common.join_processes('cpu')
 def work():
     a = torch.randn(100)
     while True:
@@ -182,10 +182,10 @@ def work():
 for _ in range(3):
     threading.Thread(target=work, daemon=True).start()
 print('all done')
-config.leave_processes()
+common.leave_processes()
 """)
-    done = subprocess.run(command(tmp_path / 'script.py', ranks=2), cwd=config.ROOT, capture_output=True, text=True,
-                          env={**ENV, 'PYTHONPATH': config.ROOT})
+    done = subprocess.run(command(tmp_path / 'script.py', ranks=2), cwd=common.ROOT, capture_output=True, text=True,
+                          env={**ENV, 'PYTHONPATH': common.ROOT})
     assert done.returncode == 0 and done.stdout.count('all done') == 2, done.stderr
 
 
@@ -223,7 +223,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(whole, phase_two, tmp_path):
     before = (out / 'last.pt').read_bytes()
     assert len(before) > 300_000
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))  # noqa: E731
-    done = subprocess.run([sys.executable, 'train.py', f'--out_dir={out}', *RESUME], cwd=config.ROOT, env=ENV,
+    done = subprocess.run([sys.executable, 'train.py', f'--out_dir={out}', *RESUME], cwd=common.ROOT, env=ENV,
                           preexec_fn=limit, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count('\n') == 1, done.stderr
     assert 'last.pt could not be written ([Errno 27] File too large; ' in done.stderr

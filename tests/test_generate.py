@@ -1,11 +1,12 @@
 """Cached decoding against the full forward pass, and beam search against transformers'."""
+import inspect
 import itertools
 
 import pytest
 import torch
 
 from model import GPT
-from sample import Cache
+from sample import Cache, generate
 from tests.test_model import hugging_face, stir, tiny
 from tests.test_phi import SYSTEMS, build
 
@@ -92,6 +93,11 @@ def test_sampling():
     first = model.generate(idx, 10, temperature=1.5, top_k=5)
     torch.manual_seed(0)
     assert torch.equal(first, model.generate(idx, 10, temperature=1.5, top_k=5))
+
+
+def test_the_method_takes_what_the_function_takes():
+    of_method, of_function = (inspect.signature(f).parameters for f in (GPT.generate, generate))
+    assert [*of_method.values()][1:] == [*of_function.values()][1:]  # but for self, model
 
 
 @pytest.mark.parametrize('beams', [2, 4])

@@ -20,9 +20,10 @@ import pytest
 import torch
 import transformers
 
-import config
+import common
 import finetune_glue as glue
-from model import GPT, MoMConfig, load_checkpoint
+from model import GPT, MoMConfig
+from weights import load_checkpoint
 
 COLUMNS = {  # those of nyu-mll/glue
     'cola': ['sentence'], 'sst2': ['sentence'], 'mrpc': ['sentence1', 'sentence2'], 'rte': ['sentence1', 'sentence2'],
@@ -117,7 +118,7 @@ def run(*args):
     sys.argv = ['finetune_glue.py', *map(str, args), '--device=cpu']
     try:
         with contextlib.redirect_stdout(out):
-            runpy.run_path(os.path.join(config.ROOT, 'finetune_glue.py'), run_name='__main__')
+            runpy.run_path(os.path.join(common.ROOT, 'finetune_glue.py'), run_name='__main__')
     finally:
         sys.argv, sys.excepthook = argv, hook
     return out.getvalue()
@@ -127,7 +128,7 @@ def command(*args, ranks=1):
     """The script as a user runs it -> stdout."""
     launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks > 1 else []
     done = subprocess.run([sys.executable, *launch, 'finetune_glue.py', *map(str, args), '--device=cpu'],
-                          cwd=config.ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
+                          cwd=common.ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -13,11 +13,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-import config
+import common
 import prepare
 
-SCRIPT = os.path.join(config.ROOT, 'prepare.py')
-TOKENIZERS = {name: config.tokenizer(name) for name in ('gpt2', 'bytes')}
+SCRIPT = os.path.join(common.ROOT, 'prepare.py')
+TOKENIZERS = {name: common.tokenizer(name) for name in ('gpt2', 'bytes')}
 DOCUMENTS = ['Four score — and seven\r\n years\t😀 ', 'x', 'the text <|endoftext|> is text\n\n', '\n \n',
              'ünïcode ' * 300, ' 日本語の文章。' * 50, "It's  1,024\u00a0tokens\u2028", '\ufeffmark', 'last\r']
 
@@ -34,7 +34,7 @@ def run(*args, cwd=None, fails=False, **env):
 def main(monkeypatch, *args):
     """prepare.py in this process, one worker."""
     scope = {k: v for k, v in vars(prepare).items() if k in SETTINGS}
-    for key, value in config.load(scope, ['--workers=1', *args])[0].items():
+    for key, value in common.load(scope, ['--workers=1', *args])[0].items():
         monkeypatch.setattr(prepare, key, value)
     prepare.main()
 
@@ -46,7 +46,7 @@ def result(out):
     ids = {split: np.fromfile(out / f'{split}.bin', '<u2') for split in ('train', 'val')}
     for split in ids:
         assert len(ids[split]) == meta[f'{split}_tokens'] and ids[split].max() < meta['vocab_size']
-        assert config.sha256(out / f'{split}.bin') == meta[f'{split}_sha256']
+        assert common.sha256(out / f'{split}.bin') == meta[f'{split}_sha256']
     tok = TOKENIZERS[meta['tokenizer']]
     assert (meta['format'], meta['vocab_size'], meta['eot']) == (1, tok.n_vocab, tok.eot_token)
     return meta, ids['train'], ids['val']
@@ -322,7 +322,7 @@ def test_a_mistake_is_one_sentence_that_names_the_fix(name, content, args, fix, 
 
 def one_sentence(error, capsys, fix):
     capsys.readouterr()
-    config._sentence_instead_of_traceback(error.type, error.value, error.tb)  # as a script prints it
+    common._sentence_instead_of_traceback(error.type, error.value, error.tb)  # as a script prints it
     told = capsys.readouterr().err
     return told.count('\n') == 1 and re.search(fix, told) or pytest.fail(told)
 

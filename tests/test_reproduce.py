@@ -12,14 +12,14 @@ import pytest
 import torch
 from test_train import ENV, command, text, write_data  # noqa: F401  (text is a fixture)
 
-import config
+import common
 
 L, C, T, B, V = 8, 16, 16, 4, 257  # the scale 'tiny': layers, width, tokens, sequences, vocabulary
 STEPS = [60, 12]
 
 
 def reproduce(text, out, *args, fails=False):  # noqa: F811
-    done = subprocess.run(arguments(text, out, *args), cwd=config.ROOT, env=ENV, capture_output=True, text=True)
+    done = subprocess.run(arguments(text, out, *args), cwd=common.ROOT, env=ENV, capture_output=True, text=True)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stderr if fails else done.stdout
 
@@ -50,7 +50,7 @@ def make_up(out, name, loss, rate=0.01, seed=1, needs='phase_one', steps=STEPS[1
     settings = dict(shape, batch_size=B, eval_tokens=512, data_dir=str(data_dir), init_from=start,
                     seed=1000 * seed + (337 if first else 338), max_steps=steps, learning_rate=rate,
                     eval_every=-(-steps // 4))
-    meta = dict(train_sha256=config.sha256(data_dir / 'train.bin') if data_dir != 'data/sotu_bytes' else '')
+    meta = dict(train_sha256=common.sha256(data_dir / 'train.bin') if data_dir != 'data/sotu_bytes' else '')
     torch.save(dict(model={}, model_config=dict(shape, vocab_size=V), settings=settings, step=steps, meta=meta),
                folder / 'last.pt')
     rows = ['step,loss,lr,grad_norm,ms,tokens_per_s,val_loss,val_bits_per_byte,k_a,k_f', '0,,,,,,5.5,8,1.5,1.25']
@@ -77,7 +77,7 @@ def run(text, tmp_path_factory):  # noqa: F811
     make_up(out, 'same', 3.021, tied=True, **mom)
     there = {path: path.stat().st_mtime_ns for path in out.glob('*/log.csv')}
     args = ['--only=fig5,table2', '--most_seeds=2']
-    process = subprocess.Popen(arguments(text, out, *args), cwd=config.ROOT, env=ENV, text=True,
+    process = subprocess.Popen(arguments(text, out, *args), cwd=common.ROOT, env=ENV, text=True,
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     first = out / 'phase_one_lr0.01_seed1'
     while process.poll() is None and not ((first / 'log.csv').exists() and len(log(first)) > 3):
@@ -183,7 +183,7 @@ def test_verdicts_and_learning_rates_on_made_up_numbers(tmp_path):
     unfinished.write_text('\n'.join(unfinished.read_text().split('\n')[:-2]) + '\n')
     args = ['--scale=tiny', f'--out_dir={out}', f'--steps={STEPS}'.replace(' ', ''), '--rates=[0.01,0.02,0.01]',
             '--only=table1,table2,fig4', '--report=True']
-    done = subprocess.run(command('reproduce.py', *args), cwd=config.ROOT, env=ENV, capture_output=True, text=True)
+    done = subprocess.run(command('reproduce.py', *args), cwd=common.ROOT, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     verdict = {claim['claim']: claim for claim in results(out)['claims']}
     worse, two, own, even = [claim for claim in verdict.values() if claim['table'] == 'table2']

@@ -14,7 +14,7 @@ import pytest
 import torch
 import transformers
 
-import config
+import common
 from tests import kill
 
 TINY = ['--chunks=1-1-1-1', '--n_embd=32', '--n_head=2', '--block_size=32', '--batch_size=16', '--max_steps=60',
@@ -42,8 +42,8 @@ def write_data(folder, tokens, vocab_size=257):
     tokens[:val].tofile(folder / 'val.bin')
     meta = dict(format=1, tokenizer='bytes', vocab_size=vocab_size, eot=256, source='a test', documents=1,
                 train_tokens=len(tokens) - val, val_tokens=val, train_bytes=len(tokens) - val, val_bytes=val, seed=0,
-                train_sha256=config.sha256(folder / 'train.bin'), val_sha256=config.sha256(folder / 'val.bin'))
-    (folder / 'meta.json').write_text(json.dumps({**meta, 'seal': config.seal(meta)}))
+                train_sha256=common.sha256(folder / 'train.bin'), val_sha256=common.sha256(folder / 'val.bin'))
+    (folder / 'meta.json').write_text(json.dumps({**meta, 'seal': common.seal(meta)}))
 
 
 def command(script, *args, ranks=1):
@@ -64,7 +64,7 @@ def run(*args, script='train.py', fails=False):
 
 def shell(*args, script='train.py', ranks=1, fails=False):
     """As a user does it."""
-    done = subprocess.run(command(script, *args, ranks=ranks), cwd=config.ROOT, env=ENV, capture_output=True, text=True)
+    done = subprocess.run(command(script, *args, ranks=ranks), cwd=common.ROOT, env=ENV, capture_output=True, text=True)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stderr if fails else done.stdout
 
@@ -130,7 +130,7 @@ def test_phase_two_starts_from_its_modules(phase_one, phase_two):
 def test_stopped_and_resumed_equals_undisturbed_bit_for_bit(text, phase_one, phase_two, tmp_path):
     whole, _ = phase_two
     args = [*TINY, *MOM, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}', f'--init_from={phase_one}']
-    process = subprocess.Popen(command('train.py', *args), cwd=config.ROOT, env=ENV, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command('train.py', *args), cwd=common.ROOT, env=ENV, stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith('5/60 | loss'):
             process.send_signal(signal.SIGTERM)
@@ -261,7 +261,7 @@ def spoil(folder, what):
     elif what == 'vocabulary':
         del meta['seal']
         meta['vocab_size'] = 50257
-        (folder / 'meta.json').write_text(json.dumps({**meta, 'seal': config.seal(meta)}))
+        (folder / 'meta.json').write_text(json.dumps({**meta, 'seal': common.seal(meta)}))
     elif what == 'changed meta':
         (folder / 'meta.json').write_text(json.dumps({**meta, 'val_bytes': meta['val_bytes'] + 1}))
     elif what == 'half a meta':

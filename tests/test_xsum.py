@@ -17,10 +17,10 @@ import transformers
 from rouge_score import rouge_scorer
 from torch.nn import functional as F
 
-import config
+import common
 from model import GPT, MoMConfig
 
-SCRIPT = os.path.join(config.ROOT, 'finetune_xsum.py')
+SCRIPT = os.path.join(common.ROOT, 'finetune_xsum.py')
 WORDS = 'cat dog sun sea tree bird rain wind fish moon'.split()
 SEP = list(b'\nTL;DR:')
 MODELS = {'vanilla': dict(chunks='1-1-1'), 'mom': dict(chunks='1-2', K=2, H=2, router_dim=8),
@@ -75,7 +75,7 @@ def quiet(monkeypatch, tmp_path_factory):
 def command(*args, ranks=1, cache=None):
     launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks > 1 else []
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_DATASETS_CACHE': str(cache)}
-    done = subprocess.run([sys.executable, *launch, SCRIPT, *map(str, args)], cwd=config.ROOT, env=env,
+    done = subprocess.run([sys.executable, *launch, SCRIPT, *map(str, args)], cwd=common.ROOT, env=env,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout

@@ -4,7 +4,7 @@ A script declares its settings as plain assignments at its top, then calls `load
 
     learning_rate = 1e-3  # peak learning rate
 
-    settings, given = config.load(globals())
+    settings, given = common.load(globals())
 
 Config files (`config/*.py`, plain assignments too) and `--key=value` arguments override them, in
 the order of the command line. Every key and every type is checked.
@@ -13,36 +13,44 @@ import ast
 import difflib
 import hashlib
 import importlib.util
+import inspect
 import json
 import os
 import re
+import shlex
 import sys
 import traceback
 from contextlib import contextmanager
+from dataclasses import asdict
 
-ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+ROOT = os.path.dirname(os.path.abspath(__file__))
 EOT = '<|endoftext|>'
 
 
 # ----------------------------------------------------------------------------- settings
 
-def load(scope, argv=None):
+def load(scope, argv=None, model=None, without=()):
     """Override a script's settings from config files and `--key=value` arguments.
 
     scope: the script's `globals()`. Its settings are the names that hold a bool, int, float, str
     or list so far and do not start with an underscore. argv: the arguments (default: `sys.argv`).
-    Returns (settings, given): the resolved settings as a dict, which scope now holds as well, and
-    the set of keys that the files or the arguments set.
+    model: a dataclass, MoMConfig. Its fields are settings too, but for those named in `without`;
+    where scope has a setting of that name, scope's default counts.
+    Returns (settings, given): the resolved settings as a dict, and the set of keys that the files
+    or the arguments set. scope then holds the resolved values of its own settings, not the model's.
     Where a script has a setting `mode`, it may stand alone: `bench.py runs`.
     Raises ValueError for an unknown key, a value of the wrong type or a missing file; prints all
     keys with their comments and exits on `--help`.
     """
     sys.excepthook = _sentence_instead_of_traceback
     argv = sys.argv[1:] if argv is None else [*argv]
-    settings = {k: v for k, v in scope.items()
-                if not k.startswith('_') and isinstance(v, (bool, int, float, str, list))}
+    own = {k: v for k, v in scope.items()
+           if not k.startswith('_') and isinstance(v, (bool, int, float, str, list))}
+    fields = asdict(model()) if model else {}
+    fields = {k: v for k, v in fields.items() if k not in own and k not in without}
+    settings = own | fields
     if '--help' in argv or '-h' in argv:
-        print(_help(scope, settings))
+        print(_help(scope, own, model, fields))
         sys.exit(0)
     given = set()
     for arg in argv:
@@ -62,14 +70,14 @@ def load(scope, argv=None):
             _check_known(key, settings, arg)
             settings[key] = _typed(key, value, settings[key], arg)
             given.add(key)
-    scope.update(settings)
+    scope.update((k, settings[k]) for k in own)
     return settings, given
 
 
 def read_file(path):
     """The assignments of a config file as a dict; names starting with `_` are the file's own."""
     if not os.path.isfile(path):
-        have = sorted(f for f in os.listdir(os.path.join(ROOT, 'config')) if f.endswith('.py') and f[0] != '_')
+        have = sorted(f for f in os.listdir(os.path.join(ROOT, 'config')) if f.endswith('.py'))
         near = difflib.get_close_matches(os.path.basename(path), have, 1)
         raise ValueError(f'no config file {path}' + (f'; did you mean config/{near[0]}?' if near else
                                                      f'; config/ holds {", ".join(have)}'))
@@ -106,17 +114,25 @@ def _typed(key, value, default, where):
     return value
 
 
-def _help(scope, settings):
+def _help(scope, own, model, fields):
+    def described(key, default, comment):
+        return f'  --{key}={default}'.ljust(36) + ' ' + (comment or '')
     lines = [(scope.get('__doc__') or '').strip(), '']
     with open(scope['__file__'], encoding='utf-8') as f:
         for line in f:
             setting = re.match(r'(\w+) = (.*?)(?:\s+#\s*(.*))?$', line)
             if line.startswith('# ---'):
                 lines.append(line.strip())
-            elif setting and setting[1] in settings:
-                lines.append(f'  --{setting[1]}={setting[2]}'.ljust(36) + ' ' + (setting[3] or ''))
+            elif setting and setting[1] in own:
+                lines.append(described(*setting.groups()))
             elif line.startswith('settings, given'):
                 break
+    if model:
+        lines.append('# --- model')
+        for line in inspect.getsource(model).splitlines():
+            field = re.match(r'    (\w+): .*?(?:#\s*(.*))?$', line)
+            if field and field[1] in fields:
+                lines.append(described(field[1], repr(fields[field[1]]), field[2]))
     return '\n'.join(lines)
 
 
@@ -167,7 +183,7 @@ def tokenizer(name):
 def tokenizer_of(source):
     """The tokenizer that the weights `source` (see GPT.from_pretrained) go with: a checkpoint of ours says which one it
     was trained with, GPT-2's weights go with GPT-2's BPE. Raises ValueError if a checkpoint does not say it."""
-    from model import load_checkpoint
+    from weights import load_checkpoint
     if not os.path.exists(source) or os.path.isfile(os.path.join(source, 'config.json')):
         return tokenizer('gpt2')
     meta = load_checkpoint(source).get('meta')
@@ -226,6 +242,73 @@ def sha256(path):
     """The SHA-256 of a file, in hexadecimal."""
     with open(path, 'rb') as f:
         return hashlib.file_digest(f, 'sha256').hexdigest()
+
+
+def results_folder(path):
+    """Make the folder of a script's results, and prove that files can be written there -> its path.
+
+    To be called before anything long. Raises ValueError if it cannot be.
+    """
+    path = os.path.expanduser(path)
+    probe = os.path.join(path, f'.probe-{os.getpid()}')
+    try:
+        os.makedirs(path, exist_ok=True)
+        with open(probe, 'wb') as f:
+            f.write(b'.')
+        os.unlink(probe)
+    except OSError as error:
+        raise ValueError(f'{path} cannot take results ({error.strerror}): name another folder with --out_dir=FOLDER'
+                         ) from error
+    return path
+
+
+_locks = {}  # folder -> its lock file, open until this process ends
+
+
+def lock_folder(path):
+    """Keep other runs out of a folder until this process ends. Raises ValueError if one is in it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such locks
+        return
+    file = open(os.path.join(path, '.lock'), 'w')
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise ValueError(f'another run is at work in {path}: let it finish, stop it, or take another --out_dir'
+                         ) from None
+    _locks[path] = file
+
+
+def command(*words):
+    """Words as a command line that a shell takes as it is."""
+    return shlex.join(map(str, words))
+
+
+def read_text(path):
+    """The text of a UTF-8 file, without its byte-order mark; \\r\\n stays \\r\\n. Raises ValueError for another."""
+    try:
+        with open(os.path.expanduser(path), encoding='utf-8-sig', newline='') as f:
+            return f.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f'{path} is not UTF-8 ({error.reason}): convert it') from error
+    except OSError as error:
+        raise ValueError(f'{path} cannot be read ({error.strerror}): give a text file') from error
+
+
+def hub_table(hub_id, name=None, split='train', streaming=False, instead='a local file'):
+    """A data set of the Hugging Face Hub, or of a folder that datasets.load_dataset reads.
+
+    name: its configuration; instead: what the error advises if it cannot be had. Raises ValueError.
+    """
+    from datasets import load_dataset
+    from huggingface_hub.errors import HfHubHTTPError
+    try:
+        return load_dataset(hub_id, name, split=split, streaming=streaming)
+    # In turn: no network, no such id or folder, the hub's refusals, no such split, a script instead of data.
+    except (ConnectionError, FileNotFoundError, HfHubHTTPError, ValueError, RuntimeError) as error:
+        raise ValueError(f'{hub_id} could not be loaded ({error}): give {instead}') from error
 
 
 def run_name(source):
