@@ -281,6 +281,11 @@ def lock_folder(path):
     _locks[path] = file
 
 
+def locked_files():
+    """File descriptors of this process's locks: a child that inherits them holds the locks too."""
+    return [file.fileno() for file in _locks.values()]
+
+
 def command(*words):
     """Words as a command line that a shell takes as it is."""
     return shlex.join(map(str, words))
