@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common
-import model  # noqa: F401  (imported here once, so that the many short trainings need not)
+import weights  # noqa: F401  (imported here once, so that the many short trainings need not)
 
 # ---
 kills = 50   # how often
