@@ -50,7 +50,7 @@ class MoMConfig:
     tau: float = 0.2                # temperature of the softmax weights
     router_start: str = 'fresh'     # or 'layers': routers begin at the layers' order; see Router
     weigh_qkv: bool = False         # r weighs q, k and v as well; Eq. 5 adds them up unweighted
-    balance: float = 0.0            # coefficient of the load-balancing loss; it hurt the paper (D.2)
+    balance: float = 0.0            # coefficient of the load-balancing loss; it hurts (D.2)
     n_embd: int = 768               # width, C
     n_head: int = 12                # heads, nh
     block_size: int = 1024          # longest sequence
@@ -99,7 +99,7 @@ class Pool(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(stored, *shape)))
 
     def stack(self):
-        """All modules as one named tuple of (N, ...). Tied modules are stored once, and expanded."""
+        """All modules as one named tuple of (N, ...). Tied ones are stored once and expanded."""
         parameters = (getattr(self, name) for name in self.kind._fields)
         return self.kind(*(p.expand(self.N, *p.shape[1:]) for p in parameters))
 
@@ -115,7 +115,10 @@ def linear(x, w, b):
     """x w + b, for x (M, in) and w (in, out)."""
     if isinstance(w, Grouped):
         return grouped_linear(x, w, b)
-    return torch.addmm(b, x, w) if len(x) > FEW else few_rows(x, w) + b.to(x.dtype)
+    if len(x) > FEW:
+        return torch.addmm(b, x, w)
+    y = few_rows(x, w)
+    return y + b.to(y.dtype)
 
 
 # What modules do to the tokens x (M, C). m: one module.
@@ -140,7 +143,8 @@ def attend(qkv, n_head, B, cache=None, step=0, count=None):
     M is B sequences of T tokens. cache, step, count: in decoding; see sample.Cache.
     """
     M, C = qkv.size(0), qkv.size(1) // 3
-    q, k, v = qkv.view(B, M // B, 3, n_head, C // n_head).permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
+    qkv = qkv.view(B, M // B, 3, n_head, C // n_head)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
     mask, causal = None, True
     if cache is not None:
         k, v, mask, causal = cache.extend(step, k, v, count)
@@ -159,8 +163,8 @@ class Router(nn.Module):
     weights' own type, fp32 in training.
 
     router_start='layers' is not the paper's: r = W s_h + b_h, with a learned b_h for each step. It
-    begins at 1 for the modules whose turn it is and at 0 for all others, and W begins at a hundredth
-    of its size. If H >= N, phase two begins as the model that phase one ended with.
+    begins at 1 for the modules whose turn it is and at 0 for all others, and W begins at a
+    hundredth of its size. If H >= N, phase two begins as the model that phase one ended with.
     """
 
     def __init__(self, cfg, E, H, N=1):
@@ -169,15 +173,17 @@ class Router(nn.Module):
         self.gru = nn.GRUCell(C, R) if cfg.router == 'gru' else None
         self.mlp = nn.Linear(C, R) if cfg.router == 'mlp' else None
         self.gates = nn.Linear(C, H * E, bias=False) if cfg.router == 'linear' else None
-        self.out = nn.Linear(R, E, bias=False) if self.gates is None else None  # W; its last row is SKIP's
+        # W of Eq. 8. Its last row is SKIP's.
+        self.out = nn.Linear(R, E, bias=False) if self.gates is None else None
         if cfg.router_start == 'layers':
             self.out.weight.data.mul_(0.01)
             self.bias = nn.Parameter(torch.zeros(H, E))
-            for i in range(N):  # with H > N some steps are nobody's, with H < N several modules share one
+            # With H > N some steps are nobody's; with H < N several modules share one.
+            for i in range(N):
                 self.bias.data[i * H // N, i] = 1
 
     def forward(self, x, s, h):
-        """x (M, C), state s (M, R), or None for s_0 = 0, step h -> scores r (M, E) and the next state."""
+        """x (M, C), state s (M, R) or None for s_0 = 0, step h -> scores r (M, E), next state."""
         with torch.autocast(x.device.type, enabled=False):
             if self.gates:
                 W = self.gates.weight.view(-1, self.E, x.size(-1))[h]
@@ -208,18 +214,7 @@ def top_k(r, K, router_weights, tau):
     return ids, weights
 
 
-def balance_loss(r, ids, tau):
-    """The load-balancing loss of Switch Transformers (Fedus et al. 2022): E * sum of share * probability.
-
-    share: the part of the picks ids (M, K) that fell on an entry; probability: the mean of
-    softmax(r / tau) over the tokens, r (M, E). It is 1 when all entries are picked alike, and more when
-    picks and probabilities pile up on the same entries.
-    """
-    share = F.one_hot(ids, r.size(1)).to(r.dtype).mean(dim=(0, 1))
-    return r.size(1) * (share * (r / tau).softmax(-1).mean(dim=0)).sum()
-
-
-# ----------------------------------------------------------------------------- phi, the choice (3.1, 3.5)
+# ----------------------------------------------------------------------------- phi (3.1, 3.5)
 # phi -> what decides which modules a step applies, of attention and of feed-forward:
 #   only    the first module               each    module h at step h
 #   listed  module c_share[h]              routed  the router
@@ -230,7 +225,7 @@ PHI = {
     'early_exit': ('routed', 'routed'),  # the same, but who has skipped skips all that follows
     'share': ('listed', 'listed'),       # Eq. 10
     'moe': ('only', 'routed'),           # the layer's attention, the top K of its experts (Eq. 11)
-    'moe_share': ('each', 'routed'),     # attention h, the top K of the chunk's feed-forward modules
+    'moe_share': ('each', 'routed'),     # attention h, the top K of the chunk's pool of FFNs
     'mod': ('only', 'only'),             # GPT-2's block for some tokens; see Chunk.on_chosen_tokens
 }
 ONE_OR_SKIP = ('layer_skip', 'early_exit')
@@ -241,7 +236,7 @@ Plan = namedtuple('Plan', 'phi H N_A N_F layers_A layers_F')
 
 
 def plan_chunk(cfg, i):
-    """The Plan of chunk i. 'moe' and 'mod' work on layers, chunks of 1; 'mod' on every other one."""
+    """The Plan of chunk i. 'moe' works on layers, chunks of 1, and 'mod' on every other one."""
     N = cfg.sizes[i]
     if N == 1 and cfg.phi != 'moe' and not (cfg.phi == 'mod' and i % 2):
         return Plan('vanilla', 1, 1, 1, [0], [0])
@@ -270,11 +265,12 @@ Decision = namedtuple('Decision', 'kind step N ids weights aux route')
 def assemble(fn, modules, x, d, weighted=True):
     """The sums of Eq. 5 and 6 over each token's own picks k: sum_k r_k fn(module_k, x) -> (M, out).
 
-    fn: attn_in, attn_out or ffn; modules: a Modules; x (M, in); d: the Decision. weighted=False leaves
-    r_k out. A token that picked only SKIP gets zeros.
+    fn: attn_in, attn_out or ffn; modules: a Modules; x (M, in); d: the Decision. weighted=False
+    leaves r_k out. A token that picked only SKIP gets zeros.
     """
     total = None
-    for k, y in each_pick(fn, modules, x, d.route, d.N):  # y (M, out): what the k-th picks make of x
+    # y (M, out): what the tokens' k-th picks make of x
+    for k, y in each_pick(fn, modules, x, d.route, d.N):
         if weighted and d.weights is not None:
             y = y * d.weights[:, k:k + 1].to(y.dtype)
         total = y if total is None else total + y
@@ -296,7 +292,8 @@ class Chunk(nn.Module):
         E_A, E_F = self.N_A + cfg.skip, self.N_F + cfg.skip
         self.router_a = Router(cfg, E_A, self.H, self.N_A) if routed_A else None
         self.router_f = Router(cfg, E_F, self.H, self.N_F) if routed_F else None
-        self.K_A, self.K_F = min(cfg.K, E_A), min(cfg.K, E_F)  # a pool with fewer than K offers all it has
+        # The paper's K_A and K_F are one K here. A pool with fewer entries offers all it has.
+        self.K_A, self.K_F = min(cfg.K, E_A), min(cfg.K, E_F)
         self.router_t = self.predictor = None
         if self.phi == 'mod':
             self.router_t = Router(cfg, 1, 1)
@@ -332,7 +329,7 @@ class Chunk(nn.Module):
         return self.decision(kind, h, ids, weights, x, aux)
 
     def decision(self, kind, h, ids, weights, x, aux=None):
-        """The Decision that tokens x (M, C) take the picks ids (M, K), in any order, with these weights."""
+        """The Decision that tokens x (M, C) take picks ids (M, K), with these weights (M, K)."""
         N = self.N_A if kind == 'A' else self.N_F
         everything = ids.size(1) == N + self.cfg.skip
         return Decision(kind, h, N, ids, weights, aux, sort_picks(ids, N, everything, x))
@@ -353,7 +350,7 @@ class Chunk(nn.Module):
         return x.view(B, T, C), decisions
 
     def qkv(self, pools, x, d):
-        """The inner sums of Eq. 5: tokens x (M, C) -> their q, k, v (M, 3C). They are unweighted there."""
+        """The inner, unweighted sums of Eq. 5: tokens x (M, C) -> their q, k, v (M, 3C)."""
         if pools.merged is None or d.ids is None:
             return assemble(attn_in, pools.attn, x, d, weighted=self.cfg.weigh_qkv)
         return assemble(merged_qkv, pools.merged, x, self.by_subset(x, d))
@@ -363,8 +360,8 @@ class Chunk(nn.Module):
 
         In training these are the tokens with the highest scores, `capacity` of each sequence. That
         looks at the future. So in eval mode, and in generation, a predictor says for each token by
-        itself whether it would have been among them. It learns beside the model, from a cross-entropy
-        that sends no gradient into it.
+        itself whether it would have been among them. It learns beside the model, from a
+        cross-entropy that sends no gradient into it.
         """
         B, T, C = x.shape
         score = self.router_t(x.reshape(B * T, C), None, 0)[0].view(B, T, 1)
@@ -380,8 +377,8 @@ class Chunk(nn.Module):
             if count is not None:  # what stands after the first `count` tokens is padding
                 chosen = chosen & (torch.arange(T, device=x.device) < count.unsqueeze(1))
             longest = max(1, int(chosen.sum(1).max()))
-        # The chosen ones of each sequence in their order, then some others to fill the rows. As they
-        # come last, no chosen token attends to them, and what they get is dropped.
+        # The chosen ones of each sequence in their order, then some others to fill the rows. As
+        # they come last, no chosen token attends to them, and what they get is dropped.
         rows = chosen.int().argsort(dim=1, descending=True, stable=True)[:, :longest].unsqueeze(-1)
         part = x.gather(1, rows.expand(-1, -1, C))  # (B, longest, C)
         y, _ = self.steps(part, cache, first_step, chosen.sum(1))
@@ -402,7 +399,7 @@ class Chunk(nn.Module):
     # Merging by subset: see fused routing.
 
     def prepare_merging(self):
-        """self.S, how many subsets of attention modules can be picked, or 0 if q, k, v are not merged."""
+        """Set self.S: how many subsets of attention modules can be picked; 0 does not merge."""
         self.S = 0
         if self.rule_A == 'routed' and self.K_A > 1 and not self.cfg.weigh_qkv and self.N_A <= 16:
             sets = subsets(self.N_A, self.K_A, self.cfg.skip)
@@ -427,7 +424,8 @@ class Chunk(nn.Module):
         if self.S and (keep or len(x) * self.H * (self.K_A - 1) >= 256 * self.S):
             merged = merge(attn, self.incidence.to(attn.qkv_w.dtype))
         dtype = grouped_dtype(x)
-        return Pools(unstack(attn, dtype), merged and unstack(merged, dtype), unstack(self.ffn.stack(), dtype))
+        ffns = unstack(self.ffn.stack(), dtype)
+        return Pools(unstack(attn, dtype), merged and unstack(merged, dtype), ffns)
 
 
 # ----------------------------------------------------------------------------- the model
@@ -449,7 +447,7 @@ class GPT(nn.Module):
     def init_weights(self):
         """
         embeddings, qkv_w, fc_w   normal(0, std): 0.02 as GPT-2; below its width 0.02 sqrt(768 / C)
-        out_w, proj_w             normal(0, std / sqrt(2 * depth)): two of them are added at each step
+        out_w, proj_w             normal(0, std / sqrt(2 * depth)): two are added at each step
         LayerNorm                 weight 1, bias 0; other biases 0
         routers                   PyTorch's defaults, uniform(+-1/sqrt(R)) for the GRU
         """
@@ -470,9 +468,9 @@ class GPT(nn.Module):
     def features(self, idx, cache=None, count=None):
         """Token ids (B, T) -> what the head sees, (B, T, C), and the Decisions of each chunk.
 
-        With a cache (sample.Cache) idx holds the tokens that follow those in it. count (B,): the first
-        `count` of a row's tokens are real; to be given from the first call on if rows differ in length.
-        Raises ValueError if a sequence is longer than block_size.
+        With a cache (sample.Cache) idx holds the tokens that follow those in it. count (B,): the
+        first `count` of a row's tokens are real; to be given from the first call on if rows differ
+        in length. Raises ValueError if a sequence is longer than block_size.
         """
         T = idx.size(1)
         end = T + (cache.length if cache else 0)
@@ -494,8 +492,8 @@ class GPT(nn.Module):
     def loss(self, x, targets):
         """Features x (B, T, C), targets (B, T) int64 -> mean cross-entropy in nats per token.
 
-        A target of -100 counts for nothing; without any other the loss is 0. Logits exist for a part
-        of the tokens at a time, at most 2^25 numbers.
+        A target of -100 counts for nothing; without any other the loss is 0. Logits exist for a
+        part of the tokens at a time, at most 2^25 numbers.
         """
         x, targets = x.flatten(0, 1), targets.flatten()
         rows = max(1, 2 ** 25 // self.cfg.vocab_size)
@@ -513,11 +511,12 @@ class GPT(nn.Module):
         return total / (targets != -100).sum().clamp(min=1)
 
     def forward(self, idx, targets=None, want_logits=True):
-        """idx (B, T) int64 -> logits (B, T, V) and the mean cross-entropy in nats per token, or None.
+        """idx (B, T) int64 -> logits (B, T, V), mean cross-entropy in nats per token or None.
 
-        targets (B, T) int64; -100 counts for nothing. want_logits=False gives None for the logits and
-        saves their memory. In training mode the auxiliary losses (`balance`, the predictor of MoD) add
-        their gradients to the loss, not their values: what is printed stays the cross-entropy.
+        targets (B, T) int64; -100 counts for nothing. want_logits=False gives None for the logits
+        and saves their memory. In training mode the auxiliary losses (`balance`, the predictor of
+        MoD) add their gradients to the loss, not their values: what is printed stays the
+        cross-entropy.
         """
         x, decisions = self.features(idx)
         logits = F.linear(x, self.wte.weight) if want_logits else None
@@ -536,11 +535,12 @@ class GPT(nn.Module):
                  stop=None, lengths=None, vocab=None):
         """Continue each row of idx (B, T) -> (B, T + max_new_tokens); see sample.generate."""
         from sample import generate
-        return generate(self, idx, max_new_tokens, temperature, top_k, top_p, beams, stop, lengths, vocab)
+        return generate(self, idx, max_new_tokens, temperature, top_k, top_p, beams, stop,
+                        lengths, vocab)
 
     @classmethod
     def from_pretrained(cls, source, **overrides):
-        """A model from weights, with fields of MoMConfig changed by overrides: weights.from_pretrained."""
+        """A model from weights, fields of MoMConfig overridden; see weights.from_pretrained."""
         from weights import from_pretrained
         return from_pretrained(source, **overrides)
 
@@ -552,7 +552,7 @@ class GPT(nn.Module):
         return self
 
     def fingerprint(self):
-        """A SHA-256 of the settings and of all weights, to see whether two runs began, or ended, alike."""
+        """SHA-256 of the settings and all weights: did two runs begin, or end, alike?"""
         digest = hashlib.sha256(repr(asdict(self.cfg)).encode())
         for w in self.state_dict().values():
             digest.update(w.detach().cpu().contiguous().view(torch.uint8).numpy())
@@ -564,13 +564,14 @@ class GPT(nn.Module):
         return sum(sizes.values()), sum(n for name, n in sizes.items() if is_router(name))
 
     def flops_per_token(self, T, k_a=None, k_f=None, merged=False):
-        """Forward FLOPs per token at length T: 2 per multiply-add, attention over the full T, head included.
+        """Forward FLOPs per token at length T: 2 per multiply-add, attention over the full T, head
+        included.
 
-        k_a, k_f: attention and feed-forward modules that a token takes at a routed step, on average (K
-        if not given; SKIP costs nothing); under MoD, the share of the tokens that are chosen. merged:
-        q, k, v by one matrix a token where subsets are merged, as computed here, not by the K that the
-        method adds up; the merging itself does not grow with the tokens and is left out. LayerNorms,
-        GELU and sums are not counted. Training costs three times as much.
+        k_a, k_f: attention and feed-forward modules that a token takes at a routed step, on average
+        (K if not given; SKIP costs nothing); under MoD, the share of the tokens that are chosen.
+        merged: q, k, v by one matrix a token where subsets are merged, as computed here, not by the
+        K that the method adds up; the merging itself does not grow with the tokens and is left out.
+        LayerNorms, GELU and sums are not counted. Training costs three times as much.
         """
         C, R, total = self.cfg.n_embd, self.cfg.router_dim, 0
         for chunk in self.chunks:
@@ -598,15 +599,27 @@ class GPT(nn.Module):
         for name, p in self.named_parameters():
             vector = name.endswith(('_b', 'ln_w', 'bias')) or p.ndim < 2
             (keep if vector else decay).append(p)
-        return [{'params': decay, 'weight_decay': weight_decay}, {'params': keep, 'weight_decay': 0.0}]
+        return [{'params': decay, 'weight_decay': weight_decay},
+                {'params': keep, 'weight_decay': 0.0}]
 
 
 def is_router(name):  # of a parameter
     return '.router_' in name or '.predictor.' in name
 
 
+def balance_loss(r, ids, tau):
+    """Switch Transformers' loss (Fedus et al. 2022): E * sum of share * probability.
+
+    share: the part of the picks ids (M, K) that fell on an entry; probability: the mean of
+    softmax(r / tau) over the tokens, r (M, E). It is 1 when all entries are picked alike, and more
+    when picks and probabilities pile up on the same entries.
+    """
+    share = F.one_hot(ids, r.size(1)).to(r.dtype).mean(dim=(0, 1))
+    return r.size(1) * (share * (r / tau).softmax(-1).mean(dim=0)).sum()
+
+
 def cross_entropy(logits, targets, reduction='mean'):
-    """Logits (M, V), targets (M,) -> nats, in fp32 or better, over the targets that are not -100."""
+    """Logits (M, V), targets (M,), of which -100 counts for nothing -> nats, in fp32 or better."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     total = F.cross_entropy(logits, targets, reduction='sum')
     return total / (targets != -100).sum().clamp(min=1) if reduction == 'mean' else total
@@ -619,7 +632,7 @@ def cross_entropy(logits, targets, reduction='mean'):
 # q, k and v up without weights, the modules of a subset are merged into one matrix.
 
 FEW = 16           # rows up to which a CPU is done with x @ w when it has read w
-MOST_SUBSETS = 40  # up to here q, k, v are merged: all K of N = 4, K2S of N = 6 (21) and of N = 8 (36)
+MOST_SUBSETS = 40  # for which q, k, v are merged: all K of N = 4, K2S of N = 6 (21), of N = 8 (36)
 
 # The modules of a pool, one by one and as a stack for products that take all of them at once.
 Modules = namedtuple('Modules', 'each stack')
@@ -630,13 +643,14 @@ Merged = namedtuple('Merged', 'qkv_w qkv_b')    # one for each subset of the att
 # inverse (R,): row -> sorted row; sizes: how many rows each module has, and last those of SKIP.
 Sorted = namedtuple('Sorted', 'token inverse sizes')
 # The same where only the device knows the sizes: the module of each sorted row (R,), the same as a
-# matrix of 0 and 1 (N, R), where the rows of each module end (N,), and which rows are SKIP's (R, 1).
+# matrix of 0 and 1 (N, R), where the rows of each module end (N,), and which rows are SKIP's (R,
+# 1).
 SortedOnDevice = namedtuple('SortedOnDevice', 'token inverse module member ends idle')
-Grouped = namedtuple('Grouped', 'stack rows')  # a parameter (N, ...), and the SortedOnDevice it is for
+Grouped = namedtuple('Grouped', 'stack rows')  # a parameter (N, ...), its SortedOnDevice
 
 
 def unstack(stack, dtype):
-    """A named tuple of (N, ...) -> Modules. dtype: of the matrices in the stack; None leaves it out."""
+    """A named tuple of (N, ...) -> Modules. dtype: of the stack's matrices; None for no stack."""
     # Once per forward pass: the backward of unbind is one stack, with zeros for unchosen modules.
     each = [type(stack)(*parameters) for parameters in zip(*(p.unbind(0) for p in stack))]
     if dtype is None:
@@ -645,9 +659,11 @@ def unstack(stack, dtype):
 
 
 def sort_picks(ids, N, everything, x):
-    """How the picks ids (M, K) of modules 0 to N - 1, or N for none, are carried out for rows x (M, C).
+    """How the picks ids (M, K) of modules 0 to N - 1, or N for none, are carried out for rows x (M,
+    C).
 
-    A list of modules, if all tokens take the same; else the rows sorted. everything: K is all there is.
+    A list of modules, if all tokens take the same; else the rows sorted. everything: K is all there
+    is.
     """
     on_device = grouped_dtype(x) is not None
     if everything:
@@ -658,7 +674,7 @@ def sort_picks(ids, N, everything, x):
 
 
 def sort_rows(ids, N, on_device):
-    """Sort the M K picks ids by module -> Sorted, or SortedOnDevice, which never waits for the device."""
+    """Sort the M K picks ids by module -> Sorted, or SortedOnDevice, which does not wait for it."""
     K = ids.size(1)
     # A GPU sorts a few bits at a time: 16 of them, not 64, spares it most of 21 kernels.
     module, order = ids.flatten().short().sort(stable=True)
@@ -669,13 +685,15 @@ def sort_rows(ids, N, on_device):
     if on_device:
         member = (module == modules.unsqueeze(1)).float()
         idle = (module == N).unsqueeze(1)
-        return SortedOnDevice(order // K, inverse, module.clamp(max=N - 1).int(), member, ends, idle)
+        module = module.clamp(max=N - 1).int()
+        return SortedOnDevice(order // K, inverse, module, member, ends, idle)
     ends = [0, *ends.tolist(), len(order)]
     return Sorted(order // K, inverse, [end - start for start, end in itertools.pairwise(ends)])
 
 
 def each_pick(fn, modules, x, route, N):
-    """[(k, y (M, out))]: what fn makes of x (M, in) with the k-th picks of all tokens, zeros for SKIP.
+    """[(k, y (M, out))]: what fn makes of x (M, in) with the k-th picks of all tokens, zeros for
+    SKIP.
 
     Picks that are SKIP for all tokens may be left out, but for one.
     """
@@ -691,7 +709,7 @@ def each_pick(fn, modules, x, route, N):
 
 
 def by_module(fn, modules, x, rows):
-    """fn(module, its rows) of every module: x (R, in), sorted -> (R, out), sorted. SKIP's rows are 0."""
+    """fn(module, its rows) of every module: x (R, in), sorted -> (R, out). SKIP's rows are 0."""
     if isinstance(rows, SortedOnDevice):
         stack = modules.stack
         return fn(type(stack)(*(Grouped(p, rows) for p in stack)), x)
@@ -710,8 +728,8 @@ def by_module(fn, modules, x, rows):
 def has_grouped_mm(device, C):
     """Whether F.grouped_mm is one kernel there, which never waits to hear how large the groups are.
 
-    So it is in bf16 on Hopper (H100, H200), at widths C that are multiples of 8. On older cards it is a
-    loop that waits at every call, and on Blackwell gradients of empty groups are garbage
+    So it is in bf16 on Hopper (H100, H200), at widths C that are multiples of 8. On older cards it
+    is a loop that waits at every call, and on Blackwell gradients of empty groups are garbage
     (github.com/pytorch/pytorch/issues/172439).
     """
     hopper = device.type == 'cuda' and torch.cuda.get_device_properties(device).major == 9
@@ -719,7 +737,7 @@ def has_grouped_mm(device, C):
 
 
 def grouped_dtype(x):
-    """The type in which F.grouped_mm multiplies rows x (M, C), or None for one product per module."""
+    """The type in which F.grouped_mm multiplies rows x (M, C); None: one product per module."""
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
     return dtype if dtype == torch.bfloat16 and has_grouped_mm(x.device, x.size(-1)) else None
@@ -730,8 +748,9 @@ def grouped_norm(x, w, b):  # x (R, C), sorted by module; w, b: Grouped (N, C)
 
 
 def grouped_linear(x, w, b):  # x (R, in), w: Grouped (N, in, out), b: Grouped (N, out) -> (R, out)
-    # F.grouped_mm leaves the rows past its last group uninitialised, in its output and in the gradient
-    # of its input, and 0 * nan is nan: they are masked on both sides, never multiplied by 0.
+    # F.grouped_mm leaves the rows past its last group uninitialised, in its output and in the
+    # gradient of its input, and 0 * nan is nan: they are masked on both sides, never multiplied by
+    # 0.
     idle, x = w.rows.idle, x.to(w.stack.dtype)
     y = F.grouped_mm(x.masked_fill(idle, 0), w.stack, offs=w.rows.ends)
     return y.add_(OfRows.apply(b.stack, b.rows)).masked_fill_(idle, 0)
@@ -764,7 +783,7 @@ def subsets(N, K, skip):
 
 
 def subset_numbers(sets, N):
-    """(2^N,): a set of modules, as bits -> its place in sets, or len(sets) for a set that is not there."""
+    """(2^N,): a set of modules, as bits -> its place in sets, len(sets) if it is not there."""
     numbers = torch.full((2 ** N,), len(sets))
     for number, one in enumerate(sets):
         numbers[sum(2 ** i for i in one)] = number
@@ -782,10 +801,11 @@ def incidence(sets, N):  # (S, N) of 0 and 1: which modules a set has
 
 
 def merge(m, incidence):
-    """The q, k, v of subsets of modules as one matrix each: a stack of N attention modules -> of S Merged.
+    """The q, k, v of subsets of modules as one matrix each: a stack of N attention modules -> of S
+    Merged.
 
-    Eq. 5 adds them up without weights. With x^ = (x - mean) / std, and g_k, c_k the gain and bias of
-    LN_k, sum_k (LN_k(x) W_k + b_k) = x^ (sum_k diag(g_k) W_k) + sum_k (c_k W_k + b_k).
+    Eq. 5 adds them up without weights. With x^ = (x - mean) / std, and g_k, c_k the gain and bias
+    of LN_k, sum_k (LN_k(x) W_k + b_k) = x^ (sum_k diag(g_k) W_k) + sum_k (c_k W_k + b_k).
     """
     with torch.autocast(m.qkv_w.device.type, enabled=False):
         w = m.ln_w.unsqueeze(-1) * m.qkv_w                              # (N, C, 3C)
@@ -800,28 +820,29 @@ def merged_qkv(m, x):  # (M, C) -> (M, 3C), m: a Merged; the LayerNorms' gains a
 # A few rows, in decoding on a CPU.
 
 def few_rows(x, w):
-    """x @ w for x (M, in), w (in, out). Up to FEW rows in fp32 a CPU is done when it has read w, and
-    eight products over parts of w read at up to twice the speed of one."""
+    """x @ w for x (M, in), w (in, out). Up to FEW rows in fp32 a CPU is done when it has read w,
+    and eight products over parts of w read at up to twice the speed of one."""
     (M, C), D = x.shape, w.size(1)
     if x.device.type == 'cpu' and 0 < M <= FEW and x.dtype == w.dtype == torch.float32:
         if C % 8 == 0 and w.is_contiguous():          # parts of the inner dimension, which add up
             return torch.bmm(x.view(M, 8, C // 8).transpose(0, 1), w.view(8, C // 8, D)).sum(0)
-        if D % 8 == 0 and w.t().is_contiguous():      # stored (out, in), as torch's own layers: of the outer
+        if D % 8 == 0 and w.t().is_contiguous():      # stored (out, in): parts of the outer one
             parts = w.t().view(8, D // 8, C).transpose(1, 2)
             return torch.bmm(x.expand(8, M, C), parts).transpose(0, 1).reshape(M, D)
     return x @ w
 
 
 def gru(cell, x, s):
-    """torch.nn.GRUCell for inputs x (M, C) and states s (M, R), or None for 0 -> the next states (M, R).
+    """torch.nn.GRUCell for inputs x (M, C) and states s (M, R), or None for 0 -> the next states
+    (M, R).
 
-    It is written out where torch's own is in the way: its kernel on a GPU breaks torch.compile's graph
-    (github.com/pytorch/pytorch/issues/191153), and few_rows is faster in decoding.
+    It is written out where torch's own is in the way: its kernel on a GPU breaks torch.compile's
+    graph (github.com/pytorch/pytorch/issues/191153), and few_rows is faster in decoding.
     """
     if not torch.compiler.is_compiling() and (len(x) > FEW or torch.is_grad_enabled()):
         return cell(x, s)
     if s is None and torch.is_grad_enabled():
-        s = x.new_zeros(1, cell.hidden_size)  # as one row, so that weight_hh has a gradient, of zeros
+        s = x.new_zeros(1, cell.hidden_size)  # one row will do: weight_hh has a gradient, of zeros
     i = few_rows(x, cell.weight_ih.t()) + cell.bias_ih
     h = cell.bias_hh if s is None else few_rows(s, cell.weight_hh.t()) + cell.bias_hh
     i_reset, i_update, i_new = i.chunk(3, dim=-1)
@@ -861,12 +882,12 @@ def check(cfg):
     phi, sizes = cfg.phi, cfg.sizes
     if cfg.router_start == 'layers':
         need(phi == 'mom' and cfg.router != 'linear' and cfg.router_weights == 'linear',
-             "router_start='layers' begins with scores of 1 for weights: it goes with phi='mom', router='gru' "
-             f"or 'mlp' and router_weights='linear', not with phi={phi!r}, router={cfg.router!r} and "
-             f'router_weights={cfg.router_weights!r}')
+             "router_start='layers' begins with scores of 1 for weights: it goes with phi='mom', "
+             f"router='gru' or 'mlp' and router_weights='linear', not with phi={phi!r}, "
+             f'router={cfg.router!r} and router_weights={cfg.router_weights!r}')
         need(cfg.K == 1 or cfg.weigh_qkv,
-             "router_start='layers' with K > 1 needs weigh_qkv=True: unweighted, as in Eq. 5, the second "
-             'module that a token takes would change its q, k, v at full strength')
+             "router_start='layers' with K > 1 needs weigh_qkv=True: unweighted, as in Eq. 5, the "
+             'second module that a token takes would change its q, k, v at full strength')
     need(phi == 'mom' or not cfg.weigh_qkv, f"weigh_qkv=True goes with phi='mom', not with {phi!r}")
     need(phi == 'mom' or not cfg.tied,
          f"tied=True (MoM-same) goes with phi='mom'; to share under {phi!r}, see phi='share'")
@@ -880,13 +901,13 @@ def check(cfg):
     need(phi not in ONE_OR_SKIP or cfg.skip,
          f'phi={phi!r} chooses between a module and SKIP: it needs skip=True')
     need(phi == 'mom' or not cfg.vanilla,
-         f'phi={phi!r} finds nothing to route in chunks={cfg.chunks!r}: take a chunk of several layers, such '
-         "as '1-4-1'; for 'mod', which routes every other block, more blocks")
+         f'phi={phi!r} finds nothing to route in chunks={cfg.chunks!r}: take a chunk of several '
+         "layers, such as '1-4-1'; for 'mod', which routes every other block, more blocks")
     if phi == 'share':
         N = min(n for n in sizes if n > 1)
         need(cfg.c_share and all(type(i) is int and 0 <= i < N for i in cfg.c_share),
-             f"phi='share' needs the module of each step: c_share={cfg.c_share} must be a list of numbers "
-             f'from 0 to {N - 1}, such as {[i // 2 * 2 for i in range(N)]}')
+             f"phi='share' needs the module of each step: c_share={cfg.c_share} must be a list of "
+             f'numbers from 0 to {N - 1}, such as {[i // 2 * 2 for i in range(N)]}')
     for plan, N in zip(cfg.plans, sizes):
         if plan.phi == 'vanilla':
             continue
@@ -899,7 +920,8 @@ def check(cfg):
 def check_pool(cfg, kind, N, need):
     """Which modules of a chunk of N are kept."""
     first, keep = getattr(cfg, f'N_{kind}'), getattr(cfg, f'keep_{kind}')
-    need(not (first and keep), f'N_{kind}={first} and keep_{kind}={keep} say the same thing: give one of them')
+    need(not (first and keep),
+         f'N_{kind}={first} and keep_{kind}={keep} say the same thing: give one of them')
     need(0 <= first <= N,
          f'N_{kind}={first}: a chunk of {N} modules can keep 1 to {N} of them, or 0 for all')
     known = all(type(i) is int and 0 <= i < N for i in keep)
@@ -907,7 +929,8 @@ def check_pool(cfg, kind, N, need):
          f'keep_{kind}={keep} must name different modules of a chunk of {N}: 0 to {N - 1}')
     needs_all = cfg.phi in (*ONE_OR_SKIP, 'share') or cfg.phi == 'moe_share' and kind == 'A'
     need(not needs_all or keep in ([], list(range(N))) and first in (0, N),
-         f'phi={cfg.phi!r} says by itself which modules it applies: leave N_{kind} and keep_{kind} out')
+         f'phi={cfg.phi!r} says by itself which modules it applies: leave N_{kind} and '
+         f'keep_{kind} out')
 
 
 def check_picks(cfg, plan, need):
@@ -915,9 +938,10 @@ def check_picks(cfg, plan, need):
     routed = [N for rule, N in zip(PHI[cfg.phi], (plan.N_A, plan.N_F)) if rule == 'routed']
     most = max(routed) + cfg.skip
     need(cfg.K <= most,
-         f'K={cfg.K} is more than a pool of {max(routed)} modules{" and SKIP" * cfg.skip} offers: take '
-         f'K <= {most} or larger pools')
+         f'K={cfg.K} is more than a pool of {max(routed)} modules{" and SKIP" * cfg.skip} offers: '
+         f'take K <= {most} or larger pools')
     fewest = min(cfg.K, min(routed) + cfg.skip)
     need(cfg.router_weights != 'softmax' or fewest > 1,
-         "router_weights='softmax' divides by the sum over the selected: where one entry is picked its "
-         "weight is 1, and the router gets no gradient. Take K >= 2, larger pools or router_weights='linear'")
+         "router_weights='softmax' divides by the sum over the selected: where one entry is picked "
+         'its weight is 1, and the router gets no gradient. Take K >= 2, larger pools or '
+         "router_weights='linear'")

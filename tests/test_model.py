@@ -1,5 +1,6 @@
 """model.py against independent oracles: transformers' GPT-2, the dense MoM of dense.py, counted FLOPs."""
 import itertools
+import math
 from functools import partial
 
 import dense
@@ -277,6 +278,25 @@ def test_flops_formula_counts_what_runs(case, merged, monkeypatch):
     assert (model.flops_per_token(24, merged=True) < model.flops_per_token(24)) == (merged and 'chunks' not in case)
 
 
+def test_skip_costs_nothing():
+    counted = [GPT(tiny(chunks='4', K=K, H=2)).flops_per_token(24) for K in (4, 5)]  # of 4 modules and SKIP
+    assert counted[0] == counted[1] == GPT(tiny(chunks='4', K=5, H=2)).flops_per_token(24, k_a=4, k_f=4)
+    few = GPT(tiny(chunks='4', K=3, H=2, N_A=1, N_F=2))
+    assert few.flops_per_token(24) == few.flops_per_token(24, k_a=1, k_f=2)
+
+
+@pytest.mark.parametrize('want_logits', [True, False])
+def test_the_loss_keeps_full_precision_and_an_empty_one_is_0(want_logits):
+    model = stir(GPT(tiny()).double())
+    idx = torch.randint(0, 50, (2, 12))
+    logits, loss = model(idx, idx, want_logits)
+    want = torch.nn.functional.cross_entropy(model(idx)[0].flatten(0, 1), idx.flatten())
+    assert loss.dtype == torch.float64 and abs(loss - want) < 1e-14
+    _, nothing = model(idx, torch.full_like(idx, -100), want_logits)
+    nothing.backward()
+    assert nothing == 0 and all(p.grad.abs().max() == 0 for p in model.parameters())
+
+
 # ----------------------------------------------------------------------------- mistakes
 
 @pytest.mark.parametrize('wrong, message', [
@@ -284,7 +304,11 @@ def test_flops_formula_counts_what_runs(case, merged, monkeypatch):
     (dict(K=0), 'at least 1'), (dict(H=0), 'at least 1'), (dict(chunks='1-x'), 'joined by'),
     (dict(chunks=''), 'joined by'), (dict(chunks='4-0'), 'joined by'), (dict(n_head=3), 'multiple of n_head'),
     (dict(router='lstm'), 'one of gru, mlp, linear'), (dict(router_weights='relu'), 'one of linear, softmax'),
-    (dict(router_weights='softmax', K=1), 'no gradient'), (dict(N_A=5), 'can keep 1 to 4'),
+    (dict(router_weights='softmax', K=1), 'no gradient'), (dict(chunks='1_0'), 'joined by'),
+    (dict(router_weights='softmax', N_A=1, skip=False), 'no gradient'), (dict(tau=math.nan), 'above 0'),
+    (dict(tau=math.inf), 'above 0'), (dict(balance=math.nan), 'at least 0'), (dict(balance=math.inf), 'at least 0'),
+    (dict(balance=0.1, phi='mod', K=1, chunks='1-1'), "leave it out with phi='mod'"),
+    (dict(N_A=5), 'can keep 1 to 4'),
     (dict(N_F=-1), 'can keep 1 to 4'), (dict(tau=0.0), 'above 0'), (dict(router_start='x'), 'one of fresh, layers'),
     (dict(router_start='layers', router_weights='softmax'), "goes with .*not with .*'softmax'"),
     (dict(router_start='layers', K=2), 'needs weigh_qkv=True'), (dict(weigh_qkv=True, phi='share'), "phi='mom'"),

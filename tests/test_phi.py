@@ -180,6 +180,12 @@ def test_share_equals_a_gpt2_whose_layers_are_the_same_objects(tmp_path):
         assert torch.allclose(ours, theirs.weight.grad, atol=1e-5 * ours.abs().max().item()) and ours.abs().max() > 0
 
 
+def test_share_stores_what_it_names():
+    few = GPT(tiny(chunks='4', phi='share', K=1, c_share=[0, 0, 2, 2]))
+    two = GPT(tiny(chunks='1-1'))
+    assert few.num_params() == two.num_params()
+
+
 def test_share_in_order_is_gpt2(tmp_path):
     hf = hugging_face(tmp_path, n_layer=6)
     model = GPT.from_pretrained(str(tmp_path), chunks='2-4', phi='share', K=1, c_share=[0, 1])
@@ -335,6 +341,15 @@ def test_the_balance_loss_moves_the_routers_and_not_the_reported_loss(system):
     assert balance_loss_of(balanced, idx) < before[0]
 
 
+def test_the_balance_loss_takes_the_probabilities_of_the_weights():
+    idx = torch.randint(0, 50, (2, 20))
+
+    def at(tau, router_weights):
+        return balance_loss_of(build('mom', balance=1.0, tau=tau, router_weights=router_weights).train(), idx)
+    assert at(0.2, 'linear') == at(1.0, 'linear')  # tau is of the softmax weights: Switch has none
+    assert at(0.2, 'softmax') != at(1.0, 'softmax') == at(1.0, 'softmax')
+
+
 def balance_loss_of(model, idx):
     return sum(d.aux for c in model.features(idx)[1] for d in c).item()
 
@@ -379,6 +394,17 @@ def test_mod_chooses_the_top_k_in_training_and_by_its_predictor_afterwards():
     assert touched == {n for n, _ in model.named_parameters() if n.startswith('chunks.1.predictor')}
     _, decisions = model.eval().features(idx)
     assert torch.equal(decisions[1][0].ids.view(3, 24) == 0, chunk.predictor(x)[..., 0] > 0)
+
+
+def test_a_fresh_predictor_of_mod_lets_about_as_many_through_as_training():
+    torch.manual_seed(0)
+    model = GPT(tiny(chunks='1-1-1-1', phi='mod', K=1, capacity=0.125)).eval()
+    for chunk in model.chunks[1::2]:
+        bias = chunk.predictor[-1].bias.item()
+        assert torch.sigmoid(torch.tensor(bias)).item() == pytest.approx(0.125)
+    _, decisions = model.features(torch.randint(0, 50, (4, 24)))
+    assert all((d.ids == 0).float().mean() < 0.3 for decided in decisions for d in decided)
+    assert GPT(tiny(chunks='1-1', phi='mod', K=1, capacity=1.0)).chunks[1].predictor[-1].bias.isfinite()
 
 
 def test_mod_where_no_token_is_chosen():
