@@ -46,9 +46,9 @@ SCALES = {
 # rate of phase one is the best of 0.003, 0.006, 0.012 and 0.024, and at 85 of 0.006 and 0.012.
 RATIOS = {
     1: dict(batch_size=8, eval_tokens=100_000, rate=12e-3, rates=[1e-3, 2e-3, 4e-3, 8e-3]),
-    4: dict(batch_size=8, eval_tokens=100_000, rate=6e-3, rates=[1e-3, 2e-3, 4e-3, 8e-3]),
-    16: dict(batch_size=32, eval_tokens=300_000, rate=12e-3, rates=[1e-3, 2e-3, 4e-3, 8e-3]),
-    85: dict(batch_size=32, eval_tokens=300_000, rate=12e-3, rates=[1e-3, 2e-3, 4e-3], evaluations=8,
+    4: dict(batch_size=8, eval_tokens=100_000, rate=6e-3, rates=[2e-3, 4e-3, 8e-3, 16e-3]),
+    16: dict(batch_size=32, eval_tokens=300_000, rate=12e-3, rates=[2e-3, 4e-3, 8e-3, 16e-3]),
+    85: dict(batch_size=32, eval_tokens=300_000, rate=12e-3, rates=[2e-3, 4e-3, 8e-3], evaluations=8,
              only='axis,table1,table2,fig4,starts')}
 PAPER_RATIOS = {'small': 85, 'medium': 30, 'large': 14}  # 20,000 steps of 512 x 1,024 tokens, by its parameters
 
