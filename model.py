@@ -495,19 +495,15 @@ class GPT(nn.Module):
         A target of -100 counts for nothing; without any other the loss is 0. Logits exist for a
         part of the tokens at a time, at most 2^25 numbers.
         """
-        x, targets = x.flatten(0, 1), targets.flatten()
+        x, targets, w = x.flatten(0, 1), targets.flatten(), self.wte.weight
         rows = max(1, 2 ** 25 // self.cfg.vocab_size)
         if len(x) <= rows:
-            return cross_entropy(F.linear(x, self.wte.weight), targets)
-
-        def part(x, targets):
-            return cross_entropy(F.linear(x, self.wte.weight), targets, reduction='sum')
-        total = 0
-        for some, its_targets in zip(x.split(rows), targets.split(rows)):
-            if torch.is_grad_enabled():
-                total = total + checkpoint(part, some, its_targets, use_reentrant=False)
-            else:
-                total = total + part(some, its_targets)
+            return cross_entropy(F.linear(x, w), targets)
+        if torch.is_grad_enabled():
+            total = LossInParts.apply(x, w, targets, rows)
+        else:
+            total = sum(cross_entropy(F.linear(some, w), its, reduction='sum')
+                        for some, its in zip(x.split(rows), targets.split(rows)))
         return total / (targets != -100).sum().clamp(min=1)
 
     def forward(self, idx, targets=None, want_logits=True):
@@ -605,6 +601,35 @@ class GPT(nn.Module):
 
 def is_router(name):  # of a parameter
     return '.router_' in name or '.predictor.' in name
+
+
+class LossInParts(torch.autograd.Function):
+    """cross_entropy(x w^T, targets, 'sum') and its gradients, part by part: x (M, C), w (V, C).
+
+    The gradients are made at once with the loss, so that no logits are kept, nor made twice.
+    """
+
+    @staticmethod
+    def forward(ctx, x, w, targets, rows):
+        total, grad_x, grad_w = 0, torch.empty_like(x), 0
+        for at in range(0, len(x), rows):
+            some, its = x[at:at + rows], targets[at:at + rows, None]
+            logits = some @ w.t()
+            p = logits.to(torch.promote_types(logits.dtype, torch.float32))     # (rows, V)
+            counts, its = its != -100, its.clamp(min=0)                         # (rows, 1)
+            log_sum = p.logsumexp(-1, keepdim=True)
+            total = total + ((log_sum - p.gather(1, its)) * counts).sum()
+            # The gradient of the logits is softmax - 1 at the target.
+            p.sub_(log_sum).exp_().scatter_add_(1, its, -torch.ones_like(log_sum)).mul_(counts)
+            grad_x[at:at + rows] = p @ w
+            grad_w += (p.t() @ some).to(w.dtype)
+        ctx.save_for_backward(grad_x, grad_w)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad_x, grad_w = ctx.saved_tensors
+        return grad_x * grad, grad_w * grad, None, None
 
 
 def balance_loss(r, ids, tau):

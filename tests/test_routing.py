@@ -191,10 +191,7 @@ def test_checkpointing_keeps_less():
     assert kept[1] < kept[0] / 5
 
 
-@pytest.mark.parametrize('torch_has_it', [True, False])
-def test_the_loss_in_parts_equals_the_whole(torch_has_it, monkeypatch):
-    if not torch_has_it:
-        monkeypatch.delattr(F, 'linear_cross_entropy', raising=False)
+def test_the_loss_in_parts_equals_the_whole():
     model = stir(GPT(tiny(vocab_size=40_000, K=2, H=1)))
     idx = torch.randint(0, 40_000, (2, 24))
     targets = idx.roll(-1)
@@ -218,6 +215,20 @@ def test_the_loss_in_parts_under_autocast_is_in_full_precision():
         model.cfg.vocab_size = 2 ** 21
         parts = model(idx, idx, want_logits=False)[1]
     assert parts.dtype == torch.float32 and torch.allclose(parts, whole, rtol=1e-4)
+    gradients = [torch.autograd.grad(loss, list(model.parameters())) for loss in (whole, parts)]
+    for want, got in zip(*gradients):
+        assert got.dtype == want.dtype and (got - want).norm() <= 0.02 * want.norm()
+
+
+def test_the_loss_in_parts_compiles_without_graph_breaks():
+    model = stir(GPT(tiny(chunks='1-1', vocab_size=500)))
+    model.cfg.vocab_size = 2 ** 21
+    idx = torch.randint(0, 500, (2, 24))
+    torch._dynamo.reset()
+    loss = torch.compile(model, backend='eager', fullgraph=True)(idx, idx, want_logits=False)[1]
+    got = torch.autograd.grad(loss, list(model.parameters()))
+    want = torch.autograd.grad(model(idx, idx)[1], list(model.parameters()))
+    assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(got, want))
 
 
 @pytest.mark.parametrize('rows', [1, 3, 16, 17])
