@@ -18,7 +18,8 @@ from model import MoMConfig
 
 ROOT = common.ROOT
 # What the pages name already and the code will have soon. Take a name out when it is there.
-COMING = {'gpu.py', 'evaluate.py', 'docs/architecture.svg', 'make gpu', '--track', '--hub_config', '--tasks'}
+COMING = {'gpu.py', 'evaluate.py', 'docs/architecture.svg', 'make gpu',
+          '--track', '--hub_config', '--tasks'}
 
 
 def read(path):
@@ -27,7 +28,9 @@ def read(path):
 
 
 def paths(*patterns):
-    found = [path for pattern in patterns for path in glob.glob(os.path.join(ROOT, pattern))]
+    found = []
+    for pattern in patterns:
+        found += glob.glob(os.path.join(ROOT, pattern))
     return sorted(os.path.relpath(path, ROOT).replace(os.sep, '/') for path in found)
 
 
@@ -131,7 +134,8 @@ def test_links_lead_somewhere(page):
         assert there(target) or target in COMING, link
         if anchor:
             headings = re.findall(r'^#+ (.*)$', read(target), re.M)
-            known = [re.sub(r'[^\w\- ]', '', heading.lower()).replace(' ', '-') for heading in headings]
+            plain = [re.sub(r'[^\w\- ]', '', heading.lower()) for heading in headings]
+            known = [heading.replace(' ', '-') for heading in plain]
             assert anchor in known, link
 
 
@@ -186,7 +190,8 @@ def test_python_of_readme_sets_fields_that_there_are():
     keywords = set()
     for block in fences('README.md', 'python'):
         for call in ast.walk(ast.parse(block)):
-            if isinstance(call, ast.Call) and ast.unparse(call.func) in ('MoMConfig', 'GPT.from_pretrained'):
+            named = isinstance(call, ast.Call) and ast.unparse(call.func)
+            if named in ('MoMConfig', 'GPT.from_pretrained'):
                 keywords.update(keyword.arg for keyword in call.keywords)
     assert keywords and keywords <= FIELDS
 
