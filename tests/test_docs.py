@@ -88,7 +88,7 @@ def there(name):
 
 
 def load(script, arguments):
-    """The settings that the script would have with these arguments. Raises ValueError as it would."""
+    """The settings that the script gets from these arguments. Raises ValueError as it would."""
     scope, keywords = SCRIPTS[script]
     model = {'model': MoMConfig} if 'model' in keywords else {}
     without = ast.literal_eval(keywords.get('without', '()'))
