@@ -183,7 +183,7 @@ def test_train_beside_transformers():
 def test_forward_of_a_config_file_with_a_profile(tmp_path):
     stdout, result = bench('forward', 'config/mom_demo.py', '--n_embd=16', '--n_head=2', '--block_size=24', '--H=3',
                            '--vocab_size=50', '--device=cpu', '--repeats=2', '--profile=True',
-                           f'--trace_dir={tmp_path}')
+                           f'--out_dir={tmp_path}')
     check_speed(result, 4 * 24, passes=1)
     mine, vanilla = result['rows']
     assert mine['model'] == 'K2H3S' and 'router_dim' not in stdout and vanilla['model'] == 'GPT-2, ours'
@@ -210,12 +210,19 @@ def test_decode_beside_transformers():
     assert set(result) == {'mode', 'machine', 'rows', 'ratios', 'bandwidth GB/s'} and result['bandwidth GB/s'] > 0
     mine, vanilla, hf = result['rows']
     for row in result['rows']:
-        assert row['ms/step'] == pytest.approx((row['text ms'] - row['prompt ms']) / 19, abs=0.002)
-        assert row['tokens/s'] == pytest.approx(2e3 / row['ms/step'], rel=0.01)
+        assert row['ms/step'] == pytest.approx((row['call ms'] - row['first token ms']) / 19, abs=0.002)
+        assert row['step tokens/s'] == pytest.approx(2e3 / row['ms/step'], rel=0.01)
+        assert row['call tokens/s'] == pytest.approx(2e3 * 20 / row['call ms'], rel=0.01)
         assert row['GB/s'] == pytest.approx(row['MB read/step'] / row['ms/step'], abs=0.011)
     for row, ratio in zip((vanilla, hf), result['ratios'].values(), strict=True):
         assert ratio['weights read'] == pytest.approx(mine['MB read/step'] / row['MB read/step'], rel=0.01)
-        assert ratio['time / weights read'] == pytest.approx(ratio['time'] / ratio['weights read'], rel=0.01)
+        step = ratio['step time']
+        assert step == pytest.approx(mine['ms/step'] / row['ms/step'], rel=0.02)
+        assert ratio['step tokens/s'] == pytest.approx(1 / step, rel=0.02)
+        assert ratio['step time / weights read'] == pytest.approx(step / ratio['weights read'], rel=0.01)
+        assert ratio['call tokens/s'] == pytest.approx(row['call ms'] / mine['call ms'], rel=0.02)
+        first = mine['first token ms'] / row['first token ms']
+        assert ratio['first token time'] == pytest.approx(first, rel=0.02)
     # a step of a vanilla model reads all of its weights, but one position of the table
     parameters = vanilla['parameters'] - (24 - 1) * 16
     assert vanilla['MB read/step'] == hf['MB read/step'] == pytest.approx(4 * parameters / 1e6, abs=1e-3)
@@ -326,7 +333,7 @@ def test_every_config_file_gives_the_shape_that_its_weights_have(names, tmp_path
 MISTAKES = {
     'tablel': "take 'runs', 'table1'", 'table1 --K=3': '--K does nothing in table1: it goes with train',
     'table1 --size=huge': "'huge' is none of small, medium, large", 'table1 --length=2000': 'at most 1024',
-    'table1 config/mom_demo.py': 'config files go with train, forward, decode and saved',
+    'table1 config/mom_demo.py': 'go with train, forward, decode, tf32, saved, not with table1',
     'train config/mom_dema.py': 'did you mean config/mom_demo.py',
     'train --dtype=fp8': 'none of auto, bfloat16, float32', 'train --compare=nanogpt': 'none of hf, vanilla',
     'train --micro_batch=0': 'must be at least 1', 'decode --new=1': 'must be at least 2',
