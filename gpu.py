@@ -194,8 +194,9 @@ def nccl():
     from torch.nn.parallel import DistributedDataParallel
     device = common.join_processes('cuda')
     rank, world = dist.get_rank(), dist.get_world_size()
-    total = torch.full((1 << 20,), rank + 1.0, device=device)
+    total = torch.full((1 << 20,), rank + 1.0).to(device)
     dist.all_reduce(total)
+    total = total.cpu()
     torch.manual_seed(1)
     model = GPT(MoMConfig('1-4-1', K=2, H=2, n_embd=64, n_head=2, block_size=64, vocab_size=50)).to(device)
     idx = torch.randint(50, (4, 65), device=device)
