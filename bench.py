@@ -1,33 +1,33 @@
 """What this code costs, and what finished runs reached.
 
-  python bench.py runs --of=out/gpt2_demo,out/mom_demo       finished runs side by side
-  python bench.py table1                                     the cost columns of the paper's Table 1
-  python bench.py table1 --size=small --measure=True --batch=1       ... with memory measured as well
+  python bench.py runs --of=out/gpt2_demo,out/mom_demo    finished runs side by side
+  python bench.py table1                                  the cost columns of the paper's Table 1
+  python bench.py table1 --size=small --measure=True      ... with memory measured as well
   python bench.py train config/gpt2_small.py --micro_batch=2 --block_size=512 --compare=hf
-  python bench.py forward config/mom_small_k3h1s.py --micro_batch=4  beside the vanilla model's
-  python bench.py decode config/gpt2_small.py --prompt=32 --compare=hf,ct2     text, cached
-  python bench.py route                                      one routed step against dense products
-  python bench.py ablate                                     what merging, grouping, caching bring
-  python bench.py scale                                      how a step grows with N, K, H, T, width
-  python bench.py saved config/mom_large_k2h6s.py            bytes that training keeps per token
-  python bench.py tf32 config/mom_medium_k2h6s.py            routers in fp32, and in a GPU's TF32
+  python bench.py forward config/mom_small_k3h1s.py       beside the vanilla model's
+  python bench.py decode config/gpt2_small.py --prompt=32 --compare=hf,ct2    text, cached
+  python bench.py tf32 config/mom_medium_k2h6s.py         routers in fp32, and in a GPU's TF32
+  python bench.py route                                   a routed step against dense products
+  python bench.py ablate                                  what merging, grouping, caching bring
+  python bench.py scale                                   how a step grows with N, K, H, T, width
+  python bench.py saved config/mom_large_k2h6s.py         bytes that training keeps per token
 
-Each mode is the function of that name; MODES, at the end, says which settings count in it. Of a
-config file the model's settings and micro_batch count. Weights are random, or those of --weights;
-tokens are random. What is compared is timed in turn within one run, after a first call that is timed
-apart (it compiles and fills caches) and a second one. Figures are medians of `repeats` calls. FLOPs
-are active ones: what SKIP saves does not count. route and ablate take one chunk of 4 if chunks is not
+A mode is the function of that name; MODES, at the end, says which settings count in it. Of a config
+file the model's settings and micro_batch count. Weights are random, or those of --weights; tokens
+are random. What is compared is timed in turn within one run, after a first call that is timed apart
+(it compiles and fills caches) and a second one. Figures are medians of `repeats` calls. FLOPs are
+active ones: what SKIP saves does not count. route and ablate take one chunk of 4 if chunks is not
 given; route takes K = 2, then 3, if K is not given.
 
-decode reports the whole call (prompt and all new tokens), the time to the first token, and the step:
-the time of a further token. Where transformers or CTranslate2 are compared, all GPT-2s have the same
-weights. --compare=ct2 needs CTranslate2 (pip install ctranslate2), which is no dependency otherwise;
-ct2_int8 is CTranslate2 with weights in 8 bits.
+decode reports the whole call (prompt and all new tokens), the first token, and the step, which is
+the time of a further token. If it compares with transformers ('hf') or CTranslate2 ('ct2', or
+'ct2_int8' with weights of 8 bits), all GPT-2s have the same weights. CTranslate2 is needed for
+nothing else: pip install ctranslate2.
 
-Peak memory is torch's on a GPU, weights and optimizer included; on the CPU it is the process's, until
-the first model has run twice. The result is one JSON object: mode, machine, and the rows of the table
-('runs' in runs, else 'rows'); train, forward and decode add 'ratios', of the first row to each other,
-and 'trace' with --profile=True. It is the last line on stdout; in a terminal it goes into a file.
+Peak memory is torch's on a GPU, weights and optimizer included; on the CPU it is the process's,
+until the first model has run twice. The result is one JSON object: mode, machine, and the rows of
+the table ('runs' in runs, else 'rows'); train, forward and decode add 'ratios', of the first row to
+each other, and 'trace' with --profile=True. It is the last line on stdout; in a terminal, a file.
 """
 import csv
 import dataclasses
@@ -54,13 +54,13 @@ from weights import load_checkpoint, read_weights
 
 # --- what
 mode = 'runs'          # a function below: 'runs', 'table1', 'train', 'forward', 'decode', ...
-of = ''                # runs: out_dirs, separated by commas; table1: runs whose last k_a and k_f count
+of = ''                # runs: out_dirs, with commas; table1: runs whose last k_a and k_f count
 size = 'small,medium,large'  # table1: which sizes
 k_a = 0.0              # table1: attention modules per token and step of the MoM rows; 0 is K
 k_f = 0.0              # table1: feed-forward modules likewise
 measure = False        # table1: run a cached prefill of each model and measure its memory
-weights = ''           # a run's directory or checkpoint, a GPT-2, a Hugging Face directory; '' is random
-compare = ''           # beside it: 'hf', 'vanilla'; decode also 'ct2', 'ct2_int8'. Several with commas
+weights = ''           # a run's directory, a GPT-2, a Hugging Face directory; '' is random
+compare = ''           # 'hf', 'vanilla', in decode 'ct2', 'ct2_int8'; several with commas
 hf_dtype = ''          # decode: of transformers' weights, 'float32' or 'bfloat16'; '' is dtype
 profile = False        # train, forward, decode: the operators that take longest, and a trace
 out_dir = 'out/bench'  # where the trace goes, and in a terminal the JSON
@@ -74,18 +74,19 @@ tokens = 4096          # route, ablate: tokens, in sequences of block_size; scal
 repeats = 5            # timed calls of each thing
 # --- system
 device = 'auto'        # 'auto', 'cpu', 'cuda'
-dtype = 'auto'         # of autocast, in decode of the weights: 'bfloat16', 'float32'; auto: by device
+dtype = 'auto'         # of autocast, in decode of weights: 'bfloat16', 'float32'; auto: by device
 compile = False        # train, forward: torch.compile, as train.py does it
 threads = 0            # of the CPU; 0 leaves torch's choice
 # ---
 MODEL = {f.name for f in fields(MoMConfig)}
-WIDTH = {'gpt2': (768, 12), 'gpt2-medium': (1024, 16), 'gpt2-large': (1280, 20), 'gpt2-xl': (1600, 25)}
-SHAPE = ('n_embd', 'n_head', 'block_size', 'vocab_size')  # what models that share weights have in common
+WIDTH = {'gpt2': (768, 12), 'gpt2-medium': (1024, 16), 'gpt2-large': (1280, 20),
+         'gpt2-xl': (1600, 25)}
+SHAPE = ('n_embd', 'n_head', 'block_size', 'vocab_size')  # the same for all that is compared
 FILES = {}  # config files of the command line, and all that they set
 
 
 def model_settings(values):
-    """Of a config file's values those that MoMConfig knows; the rest as in the weights it starts from."""
+    """Of a config file's values those of MoMConfig; the rest as in the weights it starts from."""
     source, shape = values.get('init_from', 'scratch'), {}
     if source in WIDTH:
         shape = dict(zip(SHAPE, WIDTH[source]))
@@ -95,7 +96,7 @@ def model_settings(values):
 
 
 def arguments():
-    """The command line, with --key=value in the place of config files, for what counts here of them."""
+    """The command line, with --key=value for what counts here of its config files."""
     for arg in sys.argv[1:]:
         if not arg.endswith('.py') or not os.path.isfile(arg):  # a missing one: load has a sentence
             yield arg
@@ -110,11 +111,11 @@ settings, given = common.load(globals(), arguments(), model=MoMConfig)
 chunks, K, H = settings['chunks'], settings['K'], settings['H']
 n_embd, n_head, block_size = settings['n_embd'], settings['n_head'], settings['block_size']
 
-# ----------------------------------------------------------------------------- clock, memory, tables
+# ----------------------------------------------------------------------------- clock, memory, table
 
 
 def timed(call):
-    """Seconds of a call, from when the device has nothing left to do until it has done all of it."""
+    """Seconds of a call, from an idle device until it has done all of it."""
     wait()
     start = time.perf_counter()
     call()
@@ -128,7 +129,7 @@ def wait():
 
 
 def alternate(calls, warm_up=0):
-    """Time in turn what is compared: {name: function} -> {name: the seconds of each repeat, sorted}."""
+    """Time functions in turn, {name: function} -> {name: seconds of each repeat, sorted}."""
     seconds = []
     for _ in range(warm_up + repeats):
         seconds.append({name: timed(call) for name, call in calls.items()})
@@ -146,7 +147,7 @@ def used_memory():
 
 
 def peak_memory():
-    """The most that it had handed out, or on a CPU what this process has held, in bytes; None: not known."""
+    """The most that it had handed out, on a CPU what this process held; None if not known."""
     if on_cuda:
         return torch.cuda.max_memory_allocated(device)
     if on_gpu or os.name == 'nt':
@@ -171,7 +172,8 @@ def find_machine():
             names = [line.split(':')[1].strip() for line in f if line.startswith('model name')]
         name = names[0] if names else name
     return {'device': name, 'cores': os.cpu_count(), 'threads': torch.get_num_threads(),
-            'torch': str(torch.__version__), 'dtype': dtype, 'date': datetime.date.today().isoformat()}
+            'torch': str(torch.__version__), 'dtype': dtype,
+            'date': datetime.date.today().isoformat()}
 
 
 def rounded(number, digits=2):
@@ -224,14 +226,15 @@ def one_chunk(**fixed):
     """The MoMConfig of a single chunk, of 4 modules if chunks is not given. Raises ValueError."""
     cfg = MoMConfig(**fixed | {'chunks': chunks if 'chunks' in given else '4'})
     if len(cfg.sizes) > 1 or cfg.vanilla:
-        raise ValueError(f'chunks={chunks!r}: {mode} times one chunk of several modules, such as --chunks=4')
+        raise ValueError(f'chunks={chunks!r}: {mode} times one chunk of several modules, such as '
+                         '--chunks=4')
     if tokens % block_size:
         raise ValueError(f'tokens={tokens} must be a multiple of block_size={block_size}')
     return cfg
 
 
 def modules_per_token(decisions):
-    """(k_a, k_f): real modules (SKIP is none) per token and decision of a router; None: no router decides."""
+    """(k_a, k_f): modules (SKIP is none) per token and decision; None where no router decides."""
     k = []
     for kinds in ('AT', 'FT'):  # MoD sends a token through both or through neither
         taken = [(d.ids < d.N).sum(1).float().mean().item()
@@ -241,7 +244,7 @@ def modules_per_token(decisions):
 
 
 def router_weights_used(cfg, chunk):
-    """How many weights of routers a token meets in a chunk: those of 'linear' are of one step each."""
+    """How many weights of routers a token meets; those of 'linear' are of one step each."""
     names = ('router', 'predictor')
     stored = sum(p.numel() for key, p in chunk.named_parameters() if key.startswith(names))
     return stored * (1 if cfg.router == 'linear' else chunk.H)
@@ -250,9 +253,10 @@ def router_weights_used(cfg, chunk):
 def weights_read(model, cfg, decisions, B, start, width):
     """Bytes of weights that a decoding step has to read, the mean over positions from `start` on.
 
-    decisions: those of B whole sequences. A module counts if any of the sequences takes it; where subsets
-    are merged, the qkv matrices of the modules that a token takes together count once. Routers count at
-    every step, with 4 bytes a weight (GPT.cast leaves them in fp32), all else with `width`.
+    decisions: those of B whole sequences. A module counts if any of the sequences takes it; where
+    subsets are merged, the qkv matrices of the modules that a token takes together count once.
+    Routers count at every step, with 4 bytes a weight (GPT.cast leaves them in fp32), all else with
+    `width`.
     """
     C = cfg.n_embd
     # matrices, biases and LayerNorms
@@ -270,7 +274,7 @@ def weights_read(model, cfg, decisions, B, start, width):
 
 
 def modules_read(d, B, start, tied):
-    """Of a Decision about B sequences: how many modules, and how many sets of them, a position takes."""
+    """How many modules, and how many sets of them, a position of B sequences takes."""
     ids = d.ids.view(B, -1, d.ids.size(1))[:, start:].transpose(0, 1).tolist()  # (positions, B, K)
     modules, sets = [], []
     for position in ids:
@@ -287,6 +291,8 @@ def runs():
     """Finished runs of train.py side by side."""
     if not of:
         raise ValueError('which runs? Name their folders: --of=out/gpt2_demo,out/mom_demo')
+    print('depth: assembly steps executed; active: of the modules that tokens took (SKIP is none);\n'
+          'bits/byte: of the validation, before the first step and after the last.')
     rows = []
     for folder in of.split(','):
         cfg, step, log, val = read_run(folder)
@@ -307,12 +313,12 @@ def runs():
 
 
 def read_run(folder):
-    """A run's MoMConfig, its checkpoint's step, the rows of its log, and those of them with a validation."""
+    """A run's MoMConfig, its step, the rows of its log, and those of them with a validation."""
     checkpoint = load_checkpoint(os.path.join(folder, 'last.pt'))
     path = os.path.join(folder, 'log.csv')
     if 'step' not in checkpoint or not os.path.isfile(path):
-        raise ValueError(f'{folder} is no run of train.py, which has last.pt with its step and log.csv: '
-                         'name another')
+        raise ValueError(f'{folder} is no run of train.py, which has last.pt with its step and '
+                         'log.csv: name another')
     with open(path, newline='') as f:
         log = list(csv.DictReader(f))
     val = [row for row in log if row['val_loss']]
@@ -338,19 +344,19 @@ def table1():
     rates = {}
     for cfg, _, _, val in map(read_run, filter(None, of.split(','))):
         if assembly(cfg) not in ('K3H1S', 'K3H2S', 'K2H6S'):
-            raise ValueError(f'--of={of}: Table 1 has K3H1S, K3H2S and K2H6S; a {assembly(cfg)} run has no '
-                             'row in it')
+            raise ValueError(f'--of={of}: Table 1 has K3H1S, K3H2S and K2H6S; a {assembly(cfg)} '
+                             'run has no row in it')
         rates[assembly(cfg)] = float(val[-1]['k_a']), float(val[-1]['k_f'])
     print('A forward pass over 10 x 1,024 tokens with logits at every position.\n'
           'k_a, k_f: modules per token and step.\n'
           "paper's K_eff: how many of both give the paper's TFLOPs by our formula.\n"
-          'merged: what this code computes, with one q, k, v product a token where subsets are merged.\n'
+          'merged: what this code computes, one q, k, v product a token where subsets are merged.\n'
           'GiB: without the weights, fp32 logits, a K and a V per token and executed step;\n'
           "with Q: as the paper's cache comes out, see prefill_gib.")
     if measure and on_cuda:
         print("measured: torch's peak above the weights, activations included")
     elif measure:
-        print('measured: the bytes of the logits and of the cached K and V of a prefill that ran here')
+        print('measured: the bytes of the logits and of the cached K, V of a prefill that ran here')
     return [table1_row(name, of_size, rates) for of_size in size.split(',') for name in PAPER]
 
 
@@ -367,13 +373,14 @@ def table1_row(name, of_size, rates):
         return 10 * 1024 * model.flops_per_token(1024, *k, **kw) / 1e12
 
     if name.startswith('MoM'):
-        k = rates.get(assembly(cfg)) or tuple(float(min(asked or cfg.K, cfg.K)) for asked in (k_a, k_f))
+        k = tuple(float(min(asked or cfg.K, cfg.K)) for asked in (k_a, k_f))
+        k = rates.get(assembly(cfg), k)
         # FLOPs are linear in the modules per token: two points give k for the paper's figure
         one, two = forward_tflops(1, 1), forward_tflops(2, 2)
         k_eff = 1 + (tflops - one) / (two - one)
     ours, ours_gib = forward_tflops(*k), prefill_gib(cfg, 10, 1024, 2)
-    row = {'size': of_size, 'model': f'{name} ({assembly(cfg)})' if k_eff else name, 'depth': cfg.depth,
-           'k_a': rounded(k[0]), 'k_f': rounded(k[1]),
+    row = {'size': of_size, 'model': f'{name} ({assembly(cfg)})' if k_eff else name,
+           'depth': cfg.depth, 'k_a': rounded(k[0]), 'k_f': rounded(k[1]),
            'TFLOPs': round(ours, 2), "paper's TFLOPs": tflops,
            'TFLOPs, %': tflops and round(100 * (ours / tflops - 1), 1),
            "paper's K_eff": rounded(k_eff, 4), 'merged': round(forward_tflops(*k, merged=True), 2),
@@ -390,15 +397,15 @@ def table1_row(name, of_size, rates):
 
 def prefill_gib(cfg, B, T, vectors):
     """GiB in fp32 of what a forward pass over (B, T) leaves behind: logits, and for each token and
-    executed step `vectors` vectors of width C. K and V are 2; the paper's K and V are views that keep Q
+    executed step `vectors` vectors of width C. K and V are 2; the paper's are views that keep Q
     alive, which makes 3."""
     return 4 * B * T * (cfg.vocab_size + cfg.depth * vectors * cfg.n_embd) / 2**30
 
 
 @torch.no_grad()
 def measured_gib(cfg, B, T):
-    """GiB of a cached prefill over (B, T) with all its logits in fp32, run here. On a GPU: torch's peak
-    above the weights, activations included. On the CPU: the bytes of the logits and of the cached K, V."""
+    """GiB of a cached prefill over (B, T) with all its logits in fp32, run here. On a GPU: torch's
+    peak above the weights, activations included. On the CPU: the bytes of logits, K and V."""
     with torch.device(device):
         model = GPT(cfg).eval()
     before = used_memory()
@@ -412,7 +419,7 @@ def measured_gib(cfg, B, T):
     return sum(t.nbytes for t in (logits, *cache.k, *cache.v)) / 2**30
 
 
-# ----------------------------------------------------------------------------- train, forward, decode, tf32
+# ----------------------------------------------------------------------------- train, forward, decode
 
 LABELS = {'vanilla': 'GPT-2, ours', 'hf': 'GPT-2, transformers',
           'ct2': 'GPT-2, CTranslate2', 'ct2_int8': 'GPT-2, CTranslate2 in int8'}
@@ -449,7 +456,8 @@ def whole_passes(training):
     steps = {name: statistics.median(s) for name, s in seconds.items()}
     for name, step in steps.items():
         per_second = (3 if training else 1) * x.numel() / step
-        mfu = tera and computed[name] * per_second / tera / 1e4  # in %; of what is computed, as train.py's
+        # in percent, and of what is computed, as train.py's
+        mfu = tera and computed[name] * per_second / tera / 1e4
         rows[name] |= {
             'ms': round(1e3 * step, 2), 'fastest': round(1e3 * seconds[name][0], 2),
             'slowest': round(1e3 * seconds[name][-1], 2), 'tokens/s': round(x.numel() / step, 1),
@@ -469,8 +477,8 @@ def decode():
     loaded, cfgs = subjects()
     own, calls, rows, megabytes = cfgs['model'], {}, {}, {}
     if prompt + new > own.block_size:
-        raise ValueError(f'prompt={prompt} and new={new} are more than block_size={own.block_size}, beyond '
-                         'which no cache helps: take fewer')
+        raise ValueError(f'prompt={prompt} and new={new} are more than block_size='
+                         f'{own.block_size}, beyond which no cache helps: take fewer')
     x = torch.randint(own.vocab_size, (batch or 1, prompt), device=device)
     say_what(own, f'{len(x)} x {prompt} tokens and {new} new ones of each, greedy')
     with tempfile.TemporaryDirectory() as folder:
@@ -494,8 +502,9 @@ def decode():
     for name, row in rows.items():
         start, whole = seconds[name, 'first'], seconds[name, 'call']
         if whole <= start:
-            raise ValueError(f'the first token took {start:.3f} s, all {new} of them {whole:.3f} s: this '
-                             'machine is busy with other things. Take more of --new and --repeats')
+            raise ValueError(
+                f'the first token took {start:.3f} s, all {new} of them {whole:.3f} s: this '
+                'machine is busy with other things. Take more of --new and --repeats')
         step = steps[name] = (whole - start) / (new - 1)
         reached = megabytes[name] / step / 1e3
         row |= {'call ms': round(1e3 * whole, 2), 'call tokens/s': round(len(x) * new / whole, 1),
@@ -515,7 +524,7 @@ def decode():
 
 
 def tf32():
-    """Training steps with fp32 products, which are the routers' under autocast, in fp32 and in TF32.
+    """Training steps with fp32 products (under autocast: the routers') in fp32 and in TF32.
 
     The picks are those of the same weights and tokens; 'float32 again' says how many change by
     themselves, where a GPU does not add up in the same order twice.
@@ -544,7 +553,8 @@ def tf32():
     for name, precision in precisions.items():
         decisions = itertools.chain(*at(precision, partial(decisions_of, model, x)))
         picks[name] = [d.ids.sort(1)[0] for d in decisions]  # of each decision (M, K)
-        other = [(a != b).any(1).float().mean().item() for a, b in zip(picks[name], picks['float32'])]
+        other = [(mine != those).any(1).float().mean().item()
+                 for mine, those in zip(picks[name], picks['float32'])]
         rows.append({'fp32 products in': name, 'ms': round(ms[name], 2),
                      'tokens/s': round(1e3 * x.numel() / ms[name], 1),
                      'time over float32': round(ms[name] / ms['float32'], 3),
@@ -554,7 +564,7 @@ def tf32():
 
 
 def subjects():
-    """The model of `weights`, or None, and what is timed: {'model': its MoMConfig, peer: a GPT-2's}."""
+    """The model of `weights`, or None, and {what is timed: its MoMConfig}, 'model' first."""
     loaded = None
     if weights:
         loaded = GPT.from_pretrained(weights, **{key: settings[key] for key in MODEL & given})
@@ -577,13 +587,13 @@ def say_what(cfg, work):
     for path, values in FILES.items():
         left = (key for key in values if key not in MODEL | {'micro_batch', 'init_from'})
         print(f'{path}: left out, for train.py alone: {", ".join(left)}')
-    print(f'{assembly(cfg)}, chunks {cfg.chunks}, width {cfg.n_embd}, {cfg.vocab_size:,} kinds of token, '
-          f'{weights or "random"} weights; {work}; {machine["device"]}, {machine["threads"]} CPU threads, '
-          f'{dtype}')
+    print(f'{assembly(cfg)}, chunks {cfg.chunks}, width {cfg.n_embd}, {cfg.vocab_size:,} kinds of '
+          f'token, {weights or "random"} weights; {work}; {machine["device"]}, '
+          f'{machine["threads"]} CPU threads, {dtype}')
 
 
 def build(name, cfg, loaded=None, source=''):
-    """A model to time, on the device: the 'model' itself, or a peer of LABELS. source: weights of GPT-2s."""
+    """A model to time, on the device: 'model', or one of LABELS. source: weights of GPT-2s."""
     if name in ('ct2', 'ct2_int8'):
         return build_ct2(source, 'int8' if name == 'ct2_int8' else hf_dtype or dtype)
     if name == 'hf':
@@ -610,12 +620,12 @@ def build(name, cfg, loaded=None, source=''):
 
 
 def import_peers():
-    """transformers, and CTranslate2 if it is compared. Raises ValueError if they are not installed."""
+    """transformers, and CTranslate2 if it is compared. Raises ValueError if one is missing."""
     try:
         import transformers
     except ImportError as error:
-        raise ValueError(f'--compare={compare} needs transformers: pip install -r requirements-dev.txt'
-                         ) from error
+        raise ValueError(f'--compare={compare} needs transformers: pip install -r '
+                         'requirements-dev.txt') from error
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if 'ct2' not in compare:
@@ -623,7 +633,8 @@ def import_peers():
     try:
         import ctranslate2
     except ImportError as error:
-        raise ValueError(f'--compare={compare} needs CTranslate2: pip install ctranslate2') from error
+        raise ValueError(f'--compare={compare} needs CTranslate2: pip install ctranslate2'
+                         ) from error
     return transformers, ctranslate2
 
 
@@ -639,7 +650,7 @@ def transformers_gpt2(cfg, source=''):
 
 
 def write_gpt2(cfgs, folder):
-    """If other libraries' GPT-2 is in cfgs, a random one in Hugging Face's format -> the folder, or ''."""
+    """A random GPT-2 as Hugging Face's files, if other libraries' are in cfgs -> folder or ''."""
     theirs = [cfg for name, cfg in cfgs.items() if name in ('hf', 'ct2', 'ct2_int8')]
     if not theirs:
         return ''
@@ -655,7 +666,7 @@ def write_gpt2(cfgs, folder):
 
 
 def build_ct2(source, wanted):
-    """CTranslate2's GPT-2 of the folder `source`, in fp32 where the device cannot do what is wanted."""
+    """CTranslate2's GPT-2 of the folder `source`, in fp32 if it has not the wanted type."""
     _, ctranslate2 = import_peers()
     where = 'cuda' if on_cuda else 'cpu'
     kind = wanted if wanted in ctranslate2.get_supported_compute_types(where) else 'float32'
@@ -697,10 +708,11 @@ def one_pass(model, name, x, y, training):
 
 
 def write(model, name, x, n):
-    """n new tokens after x (B, T), greedy -> with our models and transformers' the text (B, T + n)."""
+    """n new tokens after x (B, T), greedy -> (B, T + n), but for CTranslate2's own results."""
     if name.startswith('ct2'):
         texts = [[str(i) for i in row] for row in x.tolist()]
-        return model.generate_batch(texts, max_length=n, min_length=n, include_prompt_in_result=False)
+        return model.generate_batch(texts, max_length=n, min_length=n,
+                                    include_prompt_in_result=False)
     if name == 'hf':
         return model.generate(x, max_new_tokens=n, do_sample=False, pad_token_id=0,
                               attention_mask=torch.ones_like(x))
@@ -708,7 +720,7 @@ def write(model, name, x, n):
 
 
 def first_calls(calls, before, name):
-    """Seconds of the first call of the last of them; then one of each, for their peak memory in bytes."""
+    """Seconds of the first call of the last; then one of each, for their peak memory in bytes."""
     first = timed(calls[-1])
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
@@ -753,18 +765,18 @@ def show_profile(call, cfg):
 # ----------------------------------------------------------------------------- route
 
 def route():
-    """One assembly step, routed, beside dense products of as many multiply-adds, for K = 2 and 3."""
+    """One routed step beside dense products of as many multiply-adds, for K = 2 and 3."""
     shape = {key: settings[key] for key in ROUTE} | {'H': 1, 'skip': False, 'vocab_size': 1}
     cfgs = [one_chunk(**shape | {'K': n}) for n in ([K] if 'K' in given else [2, 3])]
-    print(f'One assembly step over {tokens:,} tokens of width {n_embd}, no SKIP, {dtype}, beside dense\n'
-          "products with the method's multiply-adds, K * 12 C^2 a token. efficiency: dense / routed as it\n"
-          'runs; of modules alone: attention and both routers, timed apart, taken off. idlest, busiest:\n'
-          'the shares of the tokens that modules get.')
+    print(f'One assembly step over {tokens:,} tokens of width {n_embd}, no SKIP, {dtype}, beside\n'
+          "dense products with the method's multiply-adds, K * 12 C^2 a token.\n"
+          'efficiency: dense / routed as it runs; of modules alone: attention and both routers,\n'
+          'timed apart, taken off. idlest, busiest: the shares of the tokens that modules get.')
     return [row for cfg in cfgs for row in route_rows(cfg)]
 
 
 def route_rows(cfg):
-    """Forward, and forward with backward. Where a step merges q, k, v it leaves out some of the FLOPs."""
+    """Forward, and with backward. A step that merges q, k, v leaves out some of the FLOPs."""
     B, T, C = tokens // cfg.block_size, cfg.block_size, cfg.n_embd
     M = cfg.K * tokens
     with torch.device(device):
@@ -858,13 +870,13 @@ def ablate_cache(cfg):
 
 
 def times(passes, ms):
-    return [{'what': name, 'passes': passes, 'ms': round(t, 1), 'times': round(t / ms['as it is'], 2)}
-            for name, t in ms.items()]
+    return [{'what': name, 'passes': passes, 'ms': round(t, 1),
+             'times': round(t / ms['as it is'], 2)} for name, t in ms.items()]
 
 
 def every_module(cfg):
-    """The same chunk without any routing of rows: every module for every token, then a sum weighted by r
-    or 0."""
+    """The same chunk without any routing of rows: all modules for all tokens, then a sum weighted
+    by r or 0."""
     chunk = GPT(cfg).to(device).chunks[0]
 
     def choose(kind, x, h, state):
@@ -876,7 +888,8 @@ def every_module(cfg):
         return chunk.decision(kind, h, all_ids, all_weights, x)
 
     def qkv(pools, x, d):
-        return sum(attn_in(m, x) * (d.weights[:, i:i + 1] != 0) for i, m in enumerate(pools.attn.each))
+        taken = d.weights != 0  # (M, N + 1)
+        return sum(attn_in(m, x) * taken[:, i:i + 1] for i, m in enumerate(pools.attn.each))
 
     chunk.choose, chunk.qkv, chunk.S = choose, qkv, 0
     return chunk
@@ -885,7 +898,7 @@ def every_module(cfg):
 # ----------------------------------------------------------------------------- scale
 
 def scale():
-    """A chunk with N = 4, K = 2, H = 2, T = 1,024, C = 256, each of the five changed, one at a time."""
+    """A chunk with N = 4, K = 2, H = 2, T = 1,024, C = 256; then each of the five changed."""
     T, C = tokens if 'tokens' in given else 1024, n_embd if 'n_embd' in given else 256
     base = dict(N=4, K=2, H=2, T=T, C=C)
     other = dict(N=(2, 8, 12), K=(1, 3, 4), H=(1, 4, 6), T=(T // 4, T // 2, 2 * T),
@@ -915,11 +928,11 @@ def scale():
 # ----------------------------------------------------------------------------- saved
 
 def saved():
-    """What autograd keeps for the backward pass, by kind of chunk, in training on a GPU: KiB of each
-    token, and MiB once, of weights (bf16 copies, merged q, k, v).
+    """What autograd keeps for the backward pass, by kind of chunk, in training on a GPU: KiB of
+    each token, and MiB once, of weights (bf16 copies, merged q, k, v).
 
-    F.grouped_mm, bf16 autocast and merging are used whatever the device, as they are for the thousands
-    of tokens of a micro-batch on a GPU.
+    F.grouped_mm, bf16 autocast and merging are used whatever the device, as they are for the
+    thousands of tokens of a micro-batch on a GPU.
     """
     import model as model_file
     model_file.grouped_dtype = lambda x: torch.bfloat16
@@ -928,11 +941,12 @@ def saved():
     for plan, many in Counter(plans).items():
         i = plans.index(plan)
         short, long = saved_bytes(cfg, i)
-        rows.append({'chunk': cfg.plans[i].phi, 'N': cfg.sizes[i], 'H': cfg.plans[i].H, 'how many': many,
-                     'KiB/token': round((long - short) / 64 / 1024, 1),
+        rows.append({'chunk': cfg.plans[i].phi, 'N': cfg.sizes[i], 'H': cfg.plans[i].H,
+                     'how many': many, 'KiB/token': round((long - short) / 64 / 1024, 1),
                      'MiB once': round((2 * short - long) / 2**20, 1)})
     KiB = sum(row['KiB/token'] * row['how many'] for row in rows)
-    inputs = len(cfg.sizes) * cfg.n_embd * 4 / 1024  # checkpointing keeps the chunks' inputs, and one chunk
+    # checkpointing keeps the chunks' inputs, and one chunk at a time
+    inputs = len(cfg.sizes) * cfg.n_embd * 4 / 1024
     KiB_again = inputs + max(row['KiB/token'] for row in rows)
     copies = sum(row['MiB once'] * row['how many'] for row in rows)
     notes.update({
@@ -973,8 +987,8 @@ def saved_bytes(cfg, i):
 
 # mode -> its function, the settings that count in it, and those of the model
 SPEED = ['weights', 'dtype', 'repeats']
-ROUTE = ['chunks', 'K', 'router', 'router_dim', 'router_weights', 'tau', 'router_start', 'weigh_qkv',
-         'n_embd', 'n_head', 'block_size']
+ROUTE = ['chunks', 'K', 'router', 'router_dim', 'router_weights', 'tau', 'router_start',
+         'weigh_qkv', 'n_embd', 'n_head', 'block_size']
 MODES = {
     'runs': (runs, ['of'], []),
     'table1': (table1, ['of', 'size', 'k_a', 'k_f', 'measure', 'batch', 'length'], []),
@@ -988,8 +1002,8 @@ MODES = {
     'scale': (scale, ['repeats', 'tokens', 'dtype'], ['n_embd']),
     'saved': (saved, [], MODEL)}
 EVERYWHERE = {'mode', 'device', 'threads', 'out_dir'}
-AT_LEAST = dict(micro_batch=1, length=1, prompt=1, tokens=1, repeats=1, batch=0, threads=0, k_a=0, k_f=0,
-                new=2)  # the first new token comes out of the prompt's pass
+AT_LEAST = dict(micro_batch=1, length=1, prompt=1, tokens=1, repeats=1, batch=0, threads=0,
+                k_a=0, k_f=0, new=2)  # the first new token comes out of the prompt's pass
 KNOWN = dict(dtype='auto bfloat16 float32', hf_dtype='bfloat16 float32', size='small medium large',
              compare='hf vanilla' + ' ct2 ct2_int8' * (mode == 'decode'))
 
@@ -1001,7 +1015,8 @@ def check():
     takes = {name: {*own, *of_model} for name, (_, own, of_model) in MODES.items()}
     with_files = [name for name in MODES if MODES[name][2] is MODEL]
     if FILES and mode not in with_files:
-        raise ValueError(f'{[*FILES][0]}: config files go with {", ".join(with_files)}, not with {mode}')
+        raise ValueError(f'{[*FILES][0]}: config files go with {", ".join(with_files)}, '
+                         f'not with {mode}')
     for key in sorted(given - takes[mode] - EVERYWHERE - {'micro_batch' if FILES else 'mode'}):
         fitting = ', '.join(name for name in MODES if key in takes[name])
         raise ValueError(f'--{key} does nothing in {mode}: it goes with {fitting}')

@@ -5,10 +5,10 @@
   torchrun --nproc_per_node=1 gpu.py        the part `nccl` by itself, on one GPU or on several
 
 The parts are in the order of what they are worth. Each runs as commands of its own, with a limit of
-time, so that one that fails, hangs or runs out of memory costs no other. After each command the results
-are written to out_dir: report.md and report.json, and all that the commands printed as NUMBER_PART.txt.
-The last part takes what is left of the budget; the same command later goes on with its trainings.
-Without a GPU it says so, and that is all.
+time, so that one that fails, hangs or runs out of memory costs no other. After each command the
+results are written to out_dir: report.md and report.json, and all that a command printed as
+NUMBER_PART.txt. The last part takes what is left of the budget; the same command later goes on with
+its trainings. Without a GPU it says so, and that is all.
 """
 import json
 import os
@@ -29,11 +29,13 @@ budget = 25.0        # minutes in all
 only = ''            # which parts, by name, separated by commas; '' is all
 out_dir = 'out/gpu'  # report.md, report.json, and what the commands printed
 # ---
-settings, given = common.load(globals()) if __name__ == '__main__' else ({}, set())  # not when imported
+if __name__ == '__main__':
+    common.load(globals())
 
-MODELS = {'GPT-2': 'gpt2_{}', 'MoM_P': 'mom_{}_k2h6s', 'MoM_I': 'mom_{}_k3h2s', 'MoM_E': 'mom_{}_k3h1s'}
-# GiB of one process at the micro_batch of its config file: small, medium, large. From a dry run, that
-# is by torch's own allocator, with nothing computed (tests/dry_gpu.py).
+MODELS = {'GPT-2': 'gpt2_{}', 'MoM_P': 'mom_{}_k2h6s', 'MoM_I': 'mom_{}_k3h2s',
+          'MoM_E': 'mom_{}_k3h1s'}
+# GiB of one process at the micro_batch of its config file: small, medium, large. From a dry run,
+# in which torch's own allocator hands out memory and nothing is computed (tests/dry_gpu.py).
 PREDICTED = {'GPT-2': (12.6, 18.9, 23.5), 'MoM_P': (21.3, 29.2, 35.3),
              'MoM_I': (11.5, 17.2, 22.7), 'MoM_E': (7.8, 12.5, 17.8)}
 SIZES = ('small', 'medium', 'large')
@@ -82,7 +84,7 @@ def parts():
 # ----------------------------------------------------------------------------- one command
 
 def run(words, path, limit):
-    """`python words...` for at most `limit` seconds, what it prints into the file `path` -> a record.
+    """`python words...` for at most `limit` seconds, its output into the file `path` -> a record.
 
     Its status is 'done', 'failed' or 'out of time'; its result the JSON of its last line, or None.
     """
@@ -107,7 +109,7 @@ def run(words, path, limit):
 
 
 def end(process):
-    """Ask a process to end, as train.py and reproduce.py take it: they save. Then end its session."""
+    """Ask a process to end (train.py and reproduce.py save then). Then end its session."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -142,14 +144,15 @@ def find_machine():
 
 
 def memory_table(records):
-    """Rows of tokens/s, MFU and memory of the parts `speed` and `compiled`, measured beside predicted."""
+    """Rows of tokens/s, MFU and memory, in `speed` and `compiled`, beside the memory predicted."""
     rows = []
     for model in MODELS:
         for size, predicted in zip(SIZES, PREDICTED[model]):
             row = {'model': model, 'size': size}
             for part in ('speed', 'compiled'):
-                found = [r['result']['rows'][0] for r in records if r['part'] == part and r['result']
-                         and config(model, size) in r['command']]
+                found = [record['result']['rows'][0] for record in records
+                         if record['part'] == part and record['result']
+                         and config(model, size) in record['command']]
                 for key in ('tokens/s', 'MFU %', 'peak GiB'):
                     name = key if part == 'speed' else f'{key}, compiled'
                     row[name] = found[0][key] if found else None
@@ -168,15 +171,17 @@ def as_markdown(rows):
 def write_report(machine, records):
     """report.json and report.md of all that has been run so far."""
     memory = memory_table(records)
+    everything = {'machine': machine, 'parts': records, 'memory': memory}
     with common.atomic_write(os.path.join(out_dir, 'report.json')) as f:
-        f.write(json.dumps({'machine': machine, 'parts': records, 'memory': memory}, indent=1).encode())
-    lines = ['# What a GPU shows', '', *as_markdown([{'what': k, 'is': v} for k, v in machine.items()])]
+        f.write(json.dumps(everything, indent=1).encode())
+    facts = [{'what': key, 'is': value} for key, value in machine.items()]
+    lines = ['# What a GPU shows', '', *as_markdown(facts)]
     summary = [{key: record[key] for key in ('part', 'command', 'status', 'seconds')}
                for record in records]
     lines += ['', '## Commands', '', *(as_markdown(summary) if summary else ['none yet'])]
     lines += ['', '## Training in bf16: tokens/s, MFU, memory', '',
-              'The predicted memory is of a dry run, without compilation; driver and NCCL take more.', '',
-              *as_markdown(memory)]
+              'The predicted memory is of a dry run without compilation; the driver takes more.',
+              '', *as_markdown(memory)]
     for record in records:
         lines += ['', f'## {record["part"]}: {record["about"]}', '',
                   f'`{record["command"]}`: {record["status"]} after {record["seconds"]} s', '',
@@ -188,8 +193,8 @@ def write_report(machine, records):
 # ----------------------------------------------------------------------------- NCCL
 
 def nccl():
-    """What a process of torchrun does here: sums over all processes, and the gradients of DDP, which are
-    those of one process, as all have the same tokens. Prints JSON; raises an error if they are not."""
+    """What a process of torchrun does here: a sum over all processes, and the gradients of DDP,
+    which are those of one process, as all have the same tokens. Exits with an error if not."""
     import torch.distributed as dist
     from torch.nn.parallel import DistributedDataParallel
     device = common.join_processes('cuda')
@@ -198,7 +203,8 @@ def nccl():
     dist.all_reduce(total)
     total = total.cpu()
     torch.manual_seed(1)
-    model = GPT(MoMConfig('1-4-1', K=2, H=2, n_embd=64, n_head=2, block_size=64, vocab_size=50)).to(device)
+    cfg = MoMConfig('1-4-1', K=2, H=2, n_embd=64, n_head=2, block_size=64, vocab_size=50)
+    model = GPT(cfg).to(device)
     idx = torch.randint(50, (4, 65), device=device)
 
     def gradients(of):
@@ -253,7 +259,8 @@ def main():
                 'result': None, 'printed': []}
             records.append({'part': name, 'about': about} | record)
             write_report(machine, records)
-            print(f'{name}: {record["command"]}: {record["status"]}, {record["seconds"]} s', flush=True)
+            print(f'{name}: {record["command"]}: {record["status"]}, {record["seconds"]} s',
+                  flush=True)
     print(f'{(time.monotonic() - began) / 60:.1f} minutes: {out_dir}/report.md')
 
 

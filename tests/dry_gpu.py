@@ -6,12 +6,13 @@
   python tests/dry_gpu.py -m pytest tests/test_gpu.py -k 'not compiles'
   DRY_GPUS=1 python tests/dry_gpu.py gpu.py --budget=15
 
-Memory is handed out, up to the 79 GiB of an H100, of which there are 8, or DRY_GPUS; copies between it and the CPU are made; kernels
-of torch, cuBLAS, NCCL and Triton are not run. So it shows that every tensor is on the device, and of a type and shape,
-that the next call takes; that torch.compile gets through to code for an H100; and how much memory torch's allocator
-hands out, with torch's own attention, not cuDNN's (no card was compared). It shows no result and no time. Losses are 0
-or garbage, and what goes by values read from the device may break off, such as the loop over modules (all but bfloat16)
-and XSUM's summaries. A process that ends right after backward() may abort at its end (pytorch issue 190489).
+Memory is handed out, up to the 79 GiB of an H100, of which there are 8, or as many as DRY_GPUS says; copies between it
+and the CPU are made; kernels of torch, cuBLAS, NCCL and Triton are not run. So it shows that every tensor is on the
+device, and of a type and shape, that the next call takes; that torch.compile gets through to code for an H100; and how
+much memory torch's allocator hands out, with torch's own attention, not cuDNN's (no card was compared). It shows no
+result and no time. Losses are 0 or garbage, and what goes by values read from the device may break off, such as the
+loop over modules (all but bfloat16) and XSUM's summaries; gpu.py reports such a command as failed and goes on. A
+process that ends right after backward() may abort at its end (pytorch issue 190489).
 
 Needs, in the environment that runs it, a CUDA build of torch (2.12.1 was tried), and gcc and nm.
 """
