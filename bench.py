@@ -146,7 +146,7 @@ def used_memory():
     return torch.cuda.memory_allocated(device) if on_cuda else 0
 
 
-def peak_memory():
+def peak_memory(device):
     """The most that it had handed out, on a CPU what this process held; None if not known."""
     if on_cuda:
         return torch.cuda.max_memory_allocated(device)
@@ -157,10 +157,10 @@ def peak_memory():
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def peak_tflops():
-    """Dense bf16 TFLOP/s of this GPU by its data sheet, or None if it is not listed."""
-    known = {'A100': 312, 'H100': 989, 'H200': 989} if on_cuda and dtype == 'bfloat16' else {}
-    return next((tflops for gpu, tflops in known.items() if gpu in machine['device']), None)
+def peak_flops(device):
+    """Dense bf16 FLOP/s of a GPU by its data sheet, or None if it is not listed."""
+    known = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12} if on_cuda else {}
+    return next((flops for gpu, flops in known.items() if gpu in machine['device']), None)
 
 
 def find_machine():
@@ -452,12 +452,13 @@ def whole_passes(training):
         flops[name] = round(bare.flops_per_token(cfg.block_size, *taken) / 1e6, 3)
         computed[name] = bare.flops_per_token(cfg.block_size, *taken, merged=True) / 1e6
         rows[name] = start_row(name, bare, taken, peak, first)
-    seconds, tera = alternate(calls), peak_tflops()
+    seconds = alternate(calls)
+    most = peak_flops(device) if dtype == 'bfloat16' else None
     steps = {name: statistics.median(s) for name, s in seconds.items()}
     for name, step in steps.items():
         per_second = (3 if training else 1) * x.numel() / step
         # in percent, and of what is computed, as train.py's
-        mfu = tera and computed[name] * per_second / tera / 1e4
+        mfu = most and 100 * 1e6 * computed[name] * per_second / most
         rows[name] |= {
             'ms': round(1e3 * step, 2), 'fastest': round(1e3 * seconds[name][0], 2),
             'slowest': round(1e3 * seconds[name][-1], 2), 'tokens/s': round(x.numel() / step, 1),
@@ -726,7 +727,7 @@ def first_calls(calls, before, name):
         torch.cuda.reset_peak_memory_stats(device)
     for call in calls:
         timed(call)
-    peak = peak_memory() if on_cuda or name == 'model' else None
+    peak = peak_memory(device) if on_cuda or name == 'model' else None
     return first, peak and peak - before
 
 
