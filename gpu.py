@@ -90,7 +90,7 @@ def run(words, path, limit):
     """
     started = time.monotonic()
     with open(path, 'wb') as output:
-        # of a session of its own: what it has started can be ended with it
+        # in a process group of its own: what it has started can be ended with it
         process = subprocess.Popen([sys.executable, *words], cwd=common.ROOT, stdout=output,
                                    stderr=subprocess.STDOUT, start_new_session=True)
         try:
@@ -109,7 +109,7 @@ def run(words, path, limit):
 
 
 def end(process):
-    """Ask a process to end (train.py and reproduce.py save then). Then end its session."""
+    """Ask a process to end (train.py and reproduce.py save then). Then end its process group."""
     if process.poll() is None:
         process.terminate()
         try:
@@ -118,7 +118,7 @@ def end(process):
             pass
     try:
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, AttributeError):  # all of it has ended; Windows has no sessions
+    except (ProcessLookupError, AttributeError):  # all of it has ended; Windows has no groups
         process.kill()
     process.wait()
 
