@@ -4,13 +4,15 @@
   python tests/dry_gpu.py bench.py train config/mom_large_k2h6s.py --n_embd=1280 --n_head=20 --micro_batch=8
   python tests/dry_gpu.py -m torch.distributed.run --nproc_per_node=2 train.py config/mom_medium_k2h6s.py ...
   python tests/dry_gpu.py -m pytest tests/test_gpu.py -k 'not compiles'
+  DRY_GPUS=1 python tests/dry_gpu.py gpu.py --budget=15
 
-Memory is handed out, up to the 79 GiB of an H100, of which there are 8; copies between it and the CPU are made; kernels
-of torch, cuBLAS, NCCL and Triton are not run. So it shows that every tensor is on the device, and of a type and shape,
-that the next call takes; that torch.compile gets through to code for an H100; and how much memory torch's allocator
-hands out, with torch's own attention, not cuDNN's (no card was compared). It shows no result and no time. Losses are 0
-or garbage, and what goes by values read from the device may break off, such as the loop over modules (all but bfloat16)
-and XSUM's summaries. A process that ends right after backward() may abort at its end (pytorch issue 190489).
+Memory is handed out, up to the 79 GiB of an H100, of which there are 8, or as many as DRY_GPUS says; copies between it
+and the CPU are made; kernels of torch, cuBLAS, NCCL and Triton are not run. So it shows that every tensor is on the
+device, and of a type and shape, that the next call takes; that torch.compile gets through to code for an H100; and how
+much memory torch's allocator hands out, with torch's own attention, not cuDNN's (no card was compared). It shows no
+result and no time. Losses are 0 or garbage, and what goes by values read from the device may break off, such as the
+loop over modules (all but bfloat16) and XSUM's summaries; gpu.py reports such a command as failed and goes on. A
+process that ends right after backward() may abort at its end (pytorch issue 190489).
 
 Needs, in the environment that runs it, a CUDA build of torch (2.12.1 was tried), and gcc and nm.
 """
@@ -61,7 +63,7 @@ int cudaMemcpyAsync(void *to, const void *from, size_t n, int kind, void *stream
 int cudaPointerGetAttributes(struct cudaPointerAttributes *a, const void *p) { memset(a, 0, sizeof *a); return 0; }
 
 static __thread int current;
-int cudaGetDeviceCount(int *n) { *n = 8; return 0; }
+int cudaGetDeviceCount(int *n) { char *s = getenv("DRY_GPUS"); *n = s ? atoi(s) : 8; return 0; }
 int cudaGetDevice(int *n) { *n = current; return 0; }
 int cudaSetDevice(int n) { current = n; return 0; }
 int cudaDriverGetVersion(int *n) { *n = 13000; return 0; }
@@ -121,7 +123,7 @@ int cudaGetDriverEntryPointByVersion(const char *name, void **f, unsigned v, uns
   return 0;
 }
 
-int cuDeviceGetCount(int *n) { *n = 8; return 0; }
+int cuDeviceGetCount(int *n) { return cudaGetDeviceCount(n); }
 int cuDeviceGet(int *device, int n) { *device = n; return 0; }
 int cuDriverGetVersion(int *n) { *n = 13000; return 0; }
 int cuDevicePrimaryCtxGetState(int device, unsigned *flags, int *active) { *flags = 0; *active = 1; return 0; }

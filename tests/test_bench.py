@@ -1,10 +1,12 @@
-"""bench.py: formulas against the paper and against what runs, tables against the JSON, every mode as a command."""
+"""bench.py: formulas against the paper and against what runs, tables against the JSON, every mode as a command.
+gpu.py, without a GPU: what it runs, and that no part costs another."""
 import csv
 import glob
 import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 import transformers
 
 import common
+import gpu
 from model import GPT, Decision, MoMConfig
 
 SHAPE = dict(chunks='1-4-1', K=2, H=2, router_dim=8, n_embd=16, n_head=2, block_size=24, vocab_size=50)
@@ -183,7 +186,7 @@ def test_train_beside_transformers():
 def test_forward_of_a_config_file_with_a_profile(tmp_path):
     stdout, result = bench('forward', 'config/mom_demo.py', '--n_embd=16', '--n_head=2', '--block_size=24', '--H=3',
                            '--vocab_size=50', '--device=cpu', '--repeats=2', '--profile=True',
-                           f'--trace_dir={tmp_path}')
+                           f'--out_dir={tmp_path}')
     check_speed(result, 4 * 24, passes=1)
     mine, vanilla = result['rows']
     assert mine['model'] == 'K2H3S' and 'router_dim' not in stdout and vanilla['model'] == 'GPT-2, ours'
@@ -210,15 +213,113 @@ def test_decode_beside_transformers():
     assert set(result) == {'mode', 'machine', 'rows', 'ratios', 'bandwidth GB/s'} and result['bandwidth GB/s'] > 0
     mine, vanilla, hf = result['rows']
     for row in result['rows']:
-        assert row['ms/step'] == pytest.approx((row['text ms'] - row['prompt ms']) / 19, abs=0.002)
-        assert row['tokens/s'] == pytest.approx(2e3 / row['ms/step'], rel=0.01)
+        assert row['ms/step'] == pytest.approx((row['call ms'] - row['first token ms']) / 19, abs=0.002)
+        assert row['step tokens/s'] == pytest.approx(2e3 / row['ms/step'], rel=0.01)
+        assert row['call tokens/s'] == pytest.approx(2e3 * 20 / row['call ms'], rel=0.01)
         assert row['GB/s'] == pytest.approx(row['MB read/step'] / row['ms/step'], abs=0.011)
     for row, ratio in zip((vanilla, hf), result['ratios'].values(), strict=True):
         assert ratio['weights read'] == pytest.approx(mine['MB read/step'] / row['MB read/step'], rel=0.01)
-        assert ratio['time / weights read'] == pytest.approx(ratio['time'] / ratio['weights read'], rel=0.01)
+        step = ratio['step time']
+        assert step == pytest.approx(mine['ms/step'] / row['ms/step'], rel=0.02)
+        assert ratio['step tokens/s'] == pytest.approx(1 / step, rel=0.02)
+        assert ratio['step time / weights read'] == pytest.approx(step / ratio['weights read'], rel=0.01)
+        assert ratio['call tokens/s'] == pytest.approx(row['call ms'] / mine['call ms'], rel=0.02)
+        first = mine['first token ms'] / row['first token ms']
+        assert ratio['first token time'] == pytest.approx(first, rel=0.02)
     # a step of a vanilla model reads all of its weights, but one position of the table
     parameters = vanilla['parameters'] - (24 - 1) * 16
     assert vanilla['MB read/step'] == hf['MB read/step'] == pytest.approx(4 * parameters / 1e6, abs=1e-3)
+
+
+def texts(names, which, tmp_path, monkeypatch, x, new):
+    """What the models of bench.py's decode write after x, all with the weights of one GPT-2."""
+    cfg = MoMConfig('1-1', n_embd=32, n_head=2, block_size=64, vocab_size=50)
+    cfgs = dict.fromkeys(['model', *which], cfg)
+    monkeypatch.setitem(names, 'mode', 'decode')  # models in eval mode
+    source = names['write_gpt2'](cfgs, str(tmp_path))
+    return {name: names['write'](names['build'](name, cfg, None, source), name, x, new) for name in cfgs}
+
+
+def test_transformers_write_the_same_text(names, tmp_path, monkeypatch):
+    x = torch.randint(50, (3, 7))
+    found = texts(names, ['hf', 'vanilla'], tmp_path, monkeypatch, x, 20)
+    assert found['model'].shape == (3, 27)
+    assert torch.equal(found['model'], found['hf']) and torch.equal(found['model'], found['vanilla'])
+    assert len(found['model'][:, 7:].unique()) > 3
+
+
+def test_ctranslate2_writes_the_same_text(names, tmp_path, monkeypatch):
+    pytest.importorskip('ctranslate2')
+    monkeypatch.setitem(names, 'compare', 'ct2')
+    x = torch.randint(49, (3, 7))  # the last id ends a text there
+    found = texts(names, ['ct2'], tmp_path, monkeypatch, x, 20)
+    theirs = [result.sequences_ids[0] for result in found['ct2']]
+    assert found['model'][:, 7:].tolist() == theirs
+
+
+def test_tf32():
+    _, result = bench('tf32', *TINY, '--micro_batch=2')
+    fp32, again, tf32 = result['rows']
+    assert [row['fp32 products in'] for row in result['rows']] == ['float32', 'float32 again', 'TF32']
+    assert fp32['time over float32'] == 1 and fp32['other picks, %'] == again['other picks, %'] == 0
+    assert 0 <= tf32['other picks, %'] <= 100
+    for row in result['rows']:
+        assert row['tokens/s'] == pytest.approx(1e3 * 2 * 24 / row['ms'], rel=0.01)
+    with torch.device('meta'):
+        model = GPT(MoMConfig(**SHAPE))
+    routers = 2 * 2 * 2 * (3 * 8 * (16 + 8) + 2 * 3 * 8 + 5 * 8)  # two of H = 2, with the biases
+    least, most = (100 * routers / model.flops_per_token(24, k, k) for k in (2, 0))
+    assert least - 0.01 <= result["routers' share of the FLOPs, %"] <= most
+
+
+def test_tf32_counts_the_tokens_whose_modules_change(names, monkeypatch):
+    """Where TF32 turns the signs of the scores, the tokens take the other of two modules."""
+    sign = {'highest': 1.0, 'high': -1.0}
+    precision = ['highest']
+    monkeypatch.setattr(torch, 'set_float32_matmul_precision', lambda p: precision.__setitem__(0, p))
+    cfg = MoMConfig(**{**SHAPE, 'chunks': '1-2-1', 'K': 1, 'skip': False, 'H': 1})
+    monkeypatch.setitem(names, 'subjects', lambda: (None, {'model': cfg}))
+    build = names['build']
+
+    def built(*args):
+        model = build(*args)
+        for chunk in model.chunks:
+            for router in filter(None, (chunk.router_a, chunk.router_f)):
+                forward = router.forward
+
+                def flipped(x, s, h, forward=forward):
+                    r, s = forward(x, s, h)
+                    return r * sign[precision[0]], s
+                router.forward = flipped
+        return model
+
+    monkeypatch.setitem(names, 'build', built)
+    monkeypatch.setitem(names, 'repeats', 1)
+    rows = names['tf32']()
+    fp32, again, tf32 = (row['other picks, %'] for row in rows)
+    assert fp32 == again == 0 and 90 < tf32 <= 100  # the second router sees other tokens, too
+
+
+def test_in_a_terminal_the_json_is_a_file(tmp_path):
+    pty = pytest.importorskip('pty')
+    ours, theirs = pty.openpty()
+    process = subprocess.Popen([sys.executable, 'bench.py', 'table1', '--size=small', f'--out_dir={tmp_path}/a b'],
+                               cwd=common.ROOT, stdout=theirs, stderr=subprocess.PIPE)
+    os.close(theirs)
+    printed = b''
+    try:
+        while piece := os.read(ours, 65536):
+            printed += piece
+    except OSError:  # the end of a terminal
+        pass
+    assert process.wait() == 0, process.stderr.read()
+    process.stderr.close()
+    os.close(ours)
+    *_, last = printed.decode().splitlines()
+    assert last == f'as JSON: {tmp_path}/a b/table1.json' and '{' not in printed.decode()
+    with open(tmp_path / 'a b' / 'table1.json') as f:
+        result = json.load(f)
+    assert result['mode'] == 'table1' and len(result['rows']) == 7
 
 
 def test_route():
@@ -326,7 +427,7 @@ def test_every_config_file_gives_the_shape_that_its_weights_have(names, tmp_path
 MISTAKES = {
     'tablel': "take 'runs', 'table1'", 'table1 --K=3': '--K does nothing in table1: it goes with train',
     'table1 --size=huge': "'huge' is none of small, medium, large", 'table1 --length=2000': 'at most 1024',
-    'table1 config/mom_demo.py': 'config files go with train, forward, decode and saved',
+    'table1 config/mom_demo.py': 'go with train, forward, decode, tf32, saved, not with table1',
     'train config/mom_dema.py': 'did you mean config/mom_demo.py',
     'train --dtype=fp8': 'none of auto, bfloat16, float32', 'train --compare=nanogpt': 'none of hf, vanilla',
     'train --micro_batch=0': 'must be at least 1', 'decode --new=1': 'must be at least 2',
@@ -336,7 +437,10 @@ MISTAKES = {
     'ablate --chunks=1-4-1': 'one chunk of several modules', 'ablate --prompt=1000': 'fit into it',
     'train --dtype=': 'none of auto', 'train --dtype=float32,bfloat16': 'none of auto',
     'runs --of=config': 'no checkpoint',
-    'train --compare=hf': 'pip install -r requirements-dev.txt'}
+    'train --compare=hf': 'pip install -r requirements-dev.txt', 'train --compare=ct2': 'none of hf, vanilla',
+    'decode --compare=ct2': 'pip install -r requirements-dev.txt', 'tf32 --compare=hf': 'does nothing in tf32',
+    'tf32 --chunks=1-1': 'has no routers', 'tf32 --out_dir=bench.py --profile=True': 'does nothing in tf32',
+    'forward --out_dir=bench.py --profile=True': 'bench.py cannot take results'}
 
 
 @pytest.mark.parametrize('argv', MISTAKES)
@@ -348,7 +452,111 @@ def test_mistakes_name_the_fix(argv, monkeypatch):
     assert MISTAKES[argv] in str(error.value) and '\n' not in str(error.value)
 
 
+def test_ctranslate2_that_is_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'ctranslate2', None)
+    with pytest.raises(ValueError, match='pip install ctranslate2$'):
+        script(monkeypatch, 'decode', '--compare=hf,ct2')
+
+
 def test_a_config_file_whose_weights_are_not_here(monkeypatch, tmp_path):
     (tmp_path / 'a.py').write_text("init_from = 'out/nowhere'\nchunks = '1-4-1'\nlearning_rate = 1.0\n")
     with pytest.raises(ValueError, match='add --n_head=... --block_size=... --vocab_size=...$'):
         script(monkeypatch, 'train', str(tmp_path / 'a.py'), '--n_embd=64')
+
+
+# ----------------------------------------------------------------------------- gpu.py
+
+def test_a_machine_without_a_gpu_is_told_so_in_one_sentence(tmp_path):
+    done = subprocess.run([sys.executable, 'gpu.py', f'--out_dir={tmp_path}/new'], cwd=common.ROOT, text=True,
+                          capture_output=True, env={**os.environ, 'CUDA_VISIBLE_DEVICES': ''})
+    assert done.returncode == 0 and done.stderr == ''
+    assert done.stdout.startswith('No GPU') and done.stdout.count('\n') == 1 and not os.listdir(tmp_path)
+
+
+@pytest.fixture
+def pretended_gpu(monkeypatch, tmp_path):
+    """gpu.py's main, with a GPU that exists by name only, on other parts -> its report."""
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(gpu, 'find_machine', lambda: {'card': 'none'})
+    monkeypatch.setattr(gpu, 'out_dir', str(tmp_path / 'gpu'))
+    monkeypatch.setattr(gpu, 'STOPPING', 0.5)
+    monkeypatch.setattr(common, 'lock_folder', lambda path: None)  # as this process goes on after main
+
+    def run(parts, **settings):
+        for key, value in {'parts': lambda: parts, **settings}.items():
+            monkeypatch.setattr(gpu, key, value)
+        gpu.main()
+        with open(tmp_path / 'gpu' / 'report.json') as f, open(tmp_path / 'gpu' / 'report.md') as g:
+            return json.load(f), g.read()
+    return run
+
+
+def test_a_part_that_fails_or_hangs_costs_no_other(pretended_gpu, tmp_path):
+    child = f'{tmp_path}/child'
+    hangs = ('import os, signal, subprocess, sys, time; signal.signal(signal.SIGTERM, signal.SIG_IGN);'
+             'p = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"]);'
+             f'open({child!r}, "w").write(str(p.pid)); print("hanging", flush=True); time.sleep(600)')
+    found, page = pretended_gpu([
+        ('fails', 'an error', 5, 5, [['-c', 'print(1); raise SystemExit("broken")']]),
+        ('hangs', 'too long', 5, 0.1, [['-c', hangs]]),
+        ('works', 'fine', 5, 5, [['-c', 'print("| a |"); print(\'{"rows": [{"x": 2}]}\')']])])
+    assert [(part['part'], part['status']) for part in found['parts']] == [
+        ('fails', 'failed'), ('hangs', 'out of time'), ('works', 'done')]
+    failed, hung, worked = found['parts']
+    assert failed['printed'] == ['1', 'broken'] and failed['result'] is None
+    assert worked['result'] == {'rows': [{'x': 2}]} and worked['printed'] == ['| a |']
+    assert 'broken' in page and '| a |' in page and '## works: fine' in page
+    with open(child) as f:
+        pid = int(f.read())
+    for _ in range(100):  # what it had started has ended with it
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            break
+        with open(f'/proc/{pid}/stat') as f:  # or waits to be collected
+            if f.read().rsplit(')', 1)[1].split()[0] == 'Z':
+                break
+        time.sleep(0.1)
+    else:
+        raise AssertionError('a process is left')
+
+
+def test_the_budget_ends_it(pretended_gpu):
+    sleep = ['-c', 'import time; time.sleep(60)']
+    found, page = pretended_gpu([('one', 'sleeps', 25, 25, [sleep]), ('two', 'has none left', 25, 25, [sleep])],
+                                budget=2 / 60)
+    assert [part['status'] for part in found['parts']] == ['out of time', 'no time left']
+    found, page = pretended_gpu([('one', 'sleeps', 2 / 60, 25, [sleep, sleep])], budget=25.0)
+    assert [part['status'] for part in found['parts']] == ['out of time', 'no time left']
+    with pytest.raises(ValueError, match="'three' is none of one"):
+        pretended_gpu([('one', 'sleeps', 1, 1, [])], only='three')
+
+
+def test_measured_memory_stands_beside_the_predicted(pretended_gpu):
+    def as_trained(name, compiled, gib):
+        row = {'rows': [{'tokens/s': 5.0, 'MFU %': None, 'peak GiB': gib}]}
+        words = [f'config/{name}.py', *(['--compile=True'] if compiled else [])]
+        return ['-c', f'print({json.dumps(json.dumps(row))})', *words]
+
+    found, page = pretended_gpu([('speed', '', 5, 5, [as_trained('gpt2_small', False, 12.5)]),
+                                 ('compiled', '', 5, 5, [as_trained('mom_large_k2h6s', True, 30.0)])])
+    table = {(row['model'], row['size']): row for row in found['memory']}
+    assert len(table) == 12
+    small, large = table['GPT-2', 'small'], table['MoM_P', 'large']
+    assert (small['peak GiB'], small['peak GiB, compiled'], small['predicted GiB']) == (12.5, None, 12.6)
+    assert (large['peak GiB'], large['peak GiB, compiled'], large['predicted GiB']) == (None, 30.0, 36.1)
+    assert '| MoM_P | large | n/a | n/a | n/a | 5.0 | n/a | 30.0 | 36.1 |' in page
+
+
+def test_what_gpu_runs_is_there(monkeypatch):
+    """Every command names a script and files that exist, and settings that its script knows."""
+    commands = [words for _, _, _, _, commands in gpu.parts() for words in commands]
+    assert len(commands) > 30
+    for words in commands:
+        for word in words:
+            assert not word.endswith('.py') or os.path.isfile(os.path.join(common.ROOT, word)), words
+        if words[0] == 'bench.py':
+            monkeypatch.setattr(sys, 'argv', [*words[:2], *[w for w in words[2:] if w != '--device=cuda'],
+                                              '--repeats=0'])
+            with pytest.raises(ValueError, match='repeats=0 must be at least 1'):  # what else it says is asked first
+                script(monkeypatch, *words[1:-1], '--device=cpu', '--repeats=0')
