@@ -353,7 +353,7 @@ class Chunk(nn.Module):
         """The inner, unweighted sums of Eq. 5: tokens x (M, C) -> their q, k, v (M, 3C)."""
         if pools.merged is None or d.ids is None:
             return assemble(attn_in, pools.attn, x, d, weighted=self.cfg.weigh_qkv)
-        return assemble(merged_qkv, pools.merged, x, self.by_subset(x, d))
+        return assemble(merged_qkv, pools.merged, norm(x), self.by_subset(x, d))
 
     def on_chosen_tokens(self, x, cache=None, first_step=0, count=None):
         """Mixture-of-depths (Raposo et al. 2024): the block sees some tokens, the others pass by.
@@ -838,8 +838,8 @@ def merge(m, incidence):
         return Merged((incidence @ w.flatten(1)).view(-1, *w.shape[1:]), incidence @ b)
 
 
-def merged_qkv(m, x):  # (M, C) -> (M, 3C), m: a Merged; the LayerNorms' gains and biases are in it
-    return linear(norm(x), m.qkv_w, m.qkv_b)
+def merged_qkv(m, x):  # x (M, C), normalised -> (M, 3C). m: a Merged, LayerNorms' gains in it
+    return linear(x, m.qkv_w, m.qkv_b)
 
 
 # A few rows, in decoding on a CPU.
