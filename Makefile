@@ -1,6 +1,7 @@
 # make demo    both phases on real text in a few minutes of CPU, and what came of them
 # make systems every system of the paper, 200 steps each from the demo's phase one: 6 minutes
 # make reproduce    the paper's tables and figures at a small scale, hours; goes on where it stopped. ARGS="--only=table1"
+# make gpu     what only a GPU can show, within BUDGET=25 minutes, into out/gpu/report.md
 # make test    every test
 # Each makes a virtual environment and installs what it needs.
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 PY     := $(VENV)/bin/python
 
-.PHONY: demo systems reproduce test clean
+.PHONY: demo systems reproduce gpu test clean
 
 demo: $(VENV)/installed data/sotu_bytes/meta.json
 	$(PY) train.py config/gpt2_demo.py --overwrite=True
@@ -41,6 +42,10 @@ systems: $(VENV)/installed data/sotu_bytes/meta.json
 
 reproduce: $(VENV)/installed
 	$(PY) reproduce.py $(ARGS)
+
+BUDGET ?= 25
+gpu: $(VENV)/installed-dev
+	$(PY) gpu.py --budget=$(BUDGET)
 
 data/sotu_bytes/meta.json: $(VENV)/installed
 	$(PY) prepare.py --dataset=sotu --tokenizer=bytes

@@ -37,7 +37,7 @@ MODELS = {'GPT-2': 'gpt2_{}', 'MoM_P': 'mom_{}_k2h6s', 'MoM_I': 'mom_{}_k3h2s',
 # GiB of one process at the micro_batch of its config file: small, medium, large. From a dry run,
 # in which torch's own allocator hands out memory and nothing is computed (tests/dry_gpu.py).
 PREDICTED = {'GPT-2': (12.6, 18.9, 23.5), 'MoM_P': (21.3, 29.2, 35.3),
-             'MoM_I': (11.7, 17.5, 23.0), 'MoM_E': (7.9, 12.6, 17.9)}
+             'MoM_I': (11.5, 17.2, 22.7), 'MoM_E': (7.8, 12.5, 17.8)}
 SIZES = ('small', 'medium', 'large')
 STOPPING = 60  # seconds that a command has to end when it is asked to
 

@@ -18,7 +18,7 @@ from model import MoMConfig
 
 ROOT = common.ROOT
 # What the pages name already and the code will have soon. Take a name out when it is there.
-COMING = {'gpu.py', 'evaluate.py', 'docs/architecture.svg', 'make gpu',
+COMING = {'evaluate.py', 'docs/architecture.svg',
           '--track', '--hub_config', '--tasks'}
 
 
