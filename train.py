@@ -244,7 +244,7 @@ def train_batches(step):
 def lr_at(step, s=settings):
     """Linear warm-up over the first share `warmup` of the steps, then a cosine down to min_lr."""
     peak, low, steps = s['learning_rate'], s['min_lr'], s['max_steps']
-    rise = round(s['warmup'] * steps)
+    rise = int(s['warmup'] * steps + 0.5)  # half a step is one
     if step < rise:
         return peak * (step + 1) / rise
     return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))

@@ -1,7 +1,9 @@
 """The settings loader, and every file in config/."""
 import glob
 import os
+import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -315,3 +317,47 @@ def test_atomic_write_keeps_the_old_file(tmp_path):
     with common.atomic_write(path) as f:
         f.write(b'new')
     assert path.read_bytes() == b'new'
+
+
+# ----------------------------------------------------------------------------- data folders, packaging
+
+def test_advice_on_data_names_what_was_meant(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder, weights, words in [
+            ('data/openwebtext_gpt2', 'scratch', '--dataset=openwebtext --tokenizer=gpt2'),
+            ('data/sotu_bytes', 'out/gpt2_demo', '--dataset=sotu --tokenizer=bytes'),
+            ('/my data/sotu_gpt2/', 'gpt2', '--dataset=sotu --tokenizer=gpt2'),
+            ('data/mine', 'gpt2-medium', '--dataset=FILE.txt --tokenizer=gpt2')]:
+        with pytest.raises(ValueError) as error:
+            common.read_data(folder, weights)
+        out = shlex.quote(f'--out_dir={folder}')
+        assert str(error.value).startswith(
+            f'no data in {folder} (no meta.json): make it with python {common.ROOT}/prepare.py {words} {out}')
+    torch.save(dict(model={}, model_config={}, meta=dict(tokenizer='bytes')), 'bytes.pt')
+    assert '--tokenizer=bytes' in common.prepare_command('data/mine', 'bytes.pt')
+
+
+@pytest.mark.parametrize('name', ['sotu_bytes', 'mine'])
+def test_advice_spares_files_of_another_program(name, tmp_path):
+    folder = tmp_path / name
+    folder.mkdir()
+    for split in 'train', 'val':
+        (folder / f'{split}.bin').write_bytes(b'ab' * 500)
+    with pytest.raises(ValueError, match='stay as they are') as error:
+        common.read_data(str(folder), 'scratch')
+    out, = re.findall(r'--out_dir=(\S+)', str(error.value))
+    assert out == f'{folder}_prepared' and f'take --data_dir={out},' in str(error.value)
+
+
+def test_pyproject_lists_every_file_that_is_imported():
+    tomllib = pytest.importorskip('tomllib')  # Python 3.11
+    with open(os.path.join(common.ROOT, 'pyproject.toml'), 'rb') as f:
+        project = tomllib.load(f)
+    here = {os.path.basename(path)[:-3] for path in glob.glob(os.path.join(common.ROOT, '*.py'))}
+    assert here <= set(project['tool']['setuptools']['py-modules'])
+    dynamic = project['tool']['setuptools']['dynamic']
+    for key, file in ('dependencies', 'requirements.txt'), ('optional-dependencies', 'requirements-dev.txt'):
+        names = dynamic[key]['file'] if key == 'dependencies' else dynamic[key]['dev']['file']
+        assert names == [file] and key in project['project']['dynamic']
+        with open(os.path.join(common.ROOT, file)) as f:
+            assert all(re.match(r'[a-z0-9-]+[=><]=', line) for line in f)
