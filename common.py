@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import sys
 import traceback
@@ -44,11 +45,11 @@ def load(scope, argv=None, model=None, without=()):
     where scope has a setting of that name, scope's default counts.
     Returns (settings, given): the resolved settings as a dict, and the set of keys that the files
     or the arguments set. scope then holds the resolved values of its own settings, not the model's.
-    Where a script has a setting `mode`, it may stand alone: `bench.py runs`. A value that begins with
-    `~/` is a path in the user's home, a prompt excepted.
+    Where a script has a setting `mode`, it may stand alone: `bench.py runs`. A value that begins
+    with `~` is a path in the user's home, a prompt excepted.
     Raises ValueError for an unknown key, a value of the wrong type or a missing file; prints all
-    keys with their comments and exits on `--help`. From here on an error of the user's is one sentence,
-    and Ctrl-C, SIGTERM and SIGHUP end the script with `if_stopped` and the status 130.
+    keys with their comments and exits on `--help`. From here on an error of the user's is one
+    sentence, and Ctrl-C, SIGTERM and SIGHUP end the script with `if_stopped` and the status 130.
     """
     sys.excepthook = _sentence_instead_of_traceback
     argv = sys.argv[1:] if argv is None else [*argv]
@@ -252,8 +253,10 @@ def _gpt2_from_wheel(network_error):
 
 @contextmanager
 def atomic_write(path):
-    """`with atomic_write(path) as f:` writes bytes to a temporary name beside `path`, flushes them to the disk and
-    renames it: a reader, or a crash, sees the old file or the new one, never a part. An error leaves the old one."""
+    """`with atomic_write(path) as f:` writes bytes to a temporary name, flushes and renames it.
+
+    A reader, or a crash, sees the old file or the new one, never a part. An error leaves the old one.
+    """
     part = f'{path}.part'
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
     try:
@@ -268,7 +271,7 @@ def atomic_write(path):
 
 
 def seal(facts):
-    """The SHA-256 of a dict of plain values, in hexadecimal. meta.json carries that of its other entries as `seal`."""
+    """The SHA-256 of a dict of plain values, in hexadecimal: meta.json has that of all else in it."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -301,11 +304,25 @@ def results_folder(path):
     return path
 
 
+def link(path, other):
+    """Make `other` the file that `path` is, at once: by a hard link, or a copy if there are none."""
+    part = f'{other}.part'
+    if os.path.exists(part):  # a kill in this place left it
+        os.unlink(part)
+    if os.path.exists(other) and os.path.samefile(path, other):
+        return
+    try:
+        os.link(path, part)
+    except OSError:
+        shutil.copyfile(path, part)
+    os.replace(part, other)
+
+
 _locks = {}  # folder -> its lock file, open until this process ends
 
 
 def lock_folder(path):
-    """Keep other runs out of a folder until this process ends. Raises ValueError if one is in it."""
+    """Keep other runs out of a folder until this process ends. ValueError if one is in it."""
     try:
         import fcntl
     except ImportError:  # Windows has no such locks
@@ -318,8 +335,8 @@ def lock_folder(path):
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise ValueError(f'another run is at work in {path}: let it finish, stop it, or take another '
-                         '--out_dir') from None
+        raise ValueError(f'another run is at work in {path}: let it finish, stop it, or take '
+                         'another --out_dir') from None
     except OSError:  # a file system without locks
         file.close()
         return
@@ -329,7 +346,7 @@ def lock_folder(path):
 def read_data(folder, weights):
     """meta.json of a folder of prepare.py, with train.bin and val.bin checked against it -> a dict.
 
-    weights: what will be trained, for the advice. Raises ValueError with the command that makes the data.
+    weights: what will be trained, for the advice. Raises ValueError with the command that makes it.
     """
     path = os.path.join(folder, 'meta.json')
     bins = {split: os.path.join(folder, f'{split}.bin') for split in ('train', 'val')}
@@ -338,9 +355,9 @@ def read_data(folder, weights):
             raise ValueError(f'no data in {folder} (no meta.json): make it with '
                              + prepare_command(folder, weights))
         other = folder.rstrip('/') + '_prepared'
-        raise ValueError(f'{folder} holds .bin files of another program (no meta.json), which stay as they '
-                         f'are. For data of prepare.py take --data_dir={shlex.quote(other)}, and make it '
-                         f'with {prepare_command(folder, weights, other)}')
+        raise ValueError(f'{folder} holds .bin files of another program (no meta.json), which stay '
+                         f'as they are. For data of prepare.py take --data_dir={shlex.quote(other)}, '
+                         f'and make it with {prepare_command(folder, weights, other)}')
     again = 'make it again with ' + prepare_command(folder, weights)
     try:
         with open(path, encoding='utf-8') as f:
@@ -348,22 +365,22 @@ def read_data(folder, weights):
         if meta.pop('seal', None) != seal(meta):
             raise ValueError('it was changed')
     except (ValueError, AttributeError, TypeError) as error:  # not JSON, not UTF-8, no object
-        raise ValueError(f'{path} is not one of prepare.py ({type(error).__name__}: {error}): {again}'
-                         ) from error
+        raise ValueError(f'{path} is not one of prepare.py ({type(error).__name__}: {error}): '
+                         f'{again}') from error
     for split, path in bins.items():
         if not os.path.isfile(path):
             raise ValueError(f'{path} is missing: {again}')
         want, have = 2 * meta[f'{split}_tokens'], os.path.getsize(path)
         if have != want:
-            raise ValueError(f'{path} has {have:,} bytes, but meta.json says {want:,}: it is truncated or '
-                             f'another file; {again}')
+            raise ValueError(f'{path} has {have:,} bytes, but meta.json says {want:,}: it is '
+                             f'truncated or another file; {again}')
         if int(os.environ.get('LOCAL_RANK', 0)) == 0:  # one process of a machine reads all: seconds
             check_ids(path, meta['vocab_size'], meta[f'{split}_sha256'], again)
     return meta
 
 
 def check_ids(path, vocab_size, wanted, again):
-    """Raises ValueError if a .bin file holds an id that is not below vocab_size, or has another SHA-256."""
+    """Raises ValueError if a .bin file has an id not below vocab_size, or another SHA-256."""
     import numpy as np
     digest = hashlib.sha256()
     with open(path, 'rb') as f:
@@ -371,10 +388,11 @@ def check_ids(path, vocab_size, wanted, again):
             digest.update(piece)
             largest = np.frombuffer(piece, '<u2').max()
             if largest >= vocab_size:
-                raise ValueError(f'{path} holds token id {largest}, but vocab_size is {vocab_size}: {again}')
+                raise ValueError(f'{path} holds token id {largest}, but vocab_size is {vocab_size}: '
+                                 f'{again}')
     if digest.hexdigest() != wanted:
-        raise ValueError(f'{path} is not the file that prepare.py wrote (its SHA-256 is not that of '
-                         f'meta.json): {again}')
+        raise ValueError(f'{path} is not the file that prepare.py wrote (its SHA-256 is not that '
+                         f'of meta.json): {again}')
 
 
 def prepare_command(folder, weights, out_dir=''):
@@ -383,9 +401,11 @@ def prepare_command(folder, weights, out_dir=''):
     Its dataset and tokenizer are those of its name, as prepare.py gives it; of another folder, the
     tokenizer is that of the weights.
     """
-    named = re.fullmatch('(sotu|openwebtext)_(gpt2|bytes)', os.path.basename(os.path.abspath(folder)))
+    name = os.path.basename(os.path.abspath(folder))
+    named = re.fullmatch('(sotu|openwebtext)_(gpt2|bytes)', name)
     dataset, tokenizer = named.groups() if named else ('FILE.txt', 'gpt2')
-    if not named and os.path.exists(weights) and not os.path.exists(os.path.join(weights, 'config.json')):
+    hugging_face = os.path.exists(os.path.join(weights, 'config.json'))
+    if not named and os.path.exists(weights) and not hugging_face:
         from weights import load_checkpoint
         tokenizer = (load_checkpoint(weights).get('meta') or {}).get('tokenizer', 'gpt2')
     words = command('python', 'prepare.py', f'--dataset={dataset}', f'--tokenizer={tokenizer}',
@@ -394,7 +414,7 @@ def prepare_command(folder, weights, out_dir=''):
 
 
 def command(*words):
-    """Words as a command line that a shell takes as it is. Our scripts are found from any folder."""
+    """Words as a command line that a shell takes as it is, with our scripts named from any folder."""
     words = [str(word) for word in words]
     for i, word in enumerate(words):
         script = os.path.join(ROOT, word)
@@ -435,13 +455,40 @@ def run_name(source):
     return f'{os.path.basename(above)}_{name}' if re.fullmatch(r'seed\d+', name) else name
 
 
+
+def tracker(name, folder, settings, step):
+    """A second log of a run in `folder`, from a step on -> send(step, {name: number}), end().
+
+    name: 'wandb', 'trackio', 'tensorboard', or '' for none; imported only here.
+    """
+    if not name:
+        return (lambda step, row: None), (lambda: None)
+    if name == 'tensorboard':
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(folder, purge_step=step + 1)  # later steps are done again
+        writer.add_text('settings', json.dumps(settings, indent=1))
+
+        def send(step, row):
+            for key, value in row.items():
+                writer.add_scalar(key, value, step)
+        return send, writer.close
+    tool = importlib.import_module(name)  # the two are called alike
+    tool.init(project='mixture-of-modules', name=run_name(folder), config=settings)
+    return (lambda step, row: tool.log(row, step=step)), tool.finish
+
+
+def clock(seconds):
+    """Seconds as 1:02:03."""
+    return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}'
+
+
 # ----------------------------------------------------------------------------- devices, processes
 
 def find_device(device):
     """'auto', or a kind of device, or one of them such as 'cuda:1' -> where to run.
 
-    The kinds are 'cpu', 'cuda' (NVIDIA's cards, and AMD's by ROCm), 'mps' (Apple's) and 'xpu' (Intel's);
-    auto is what this machine has beside its CPU. Raises ValueError for others.
+    The kinds are 'cpu', 'cuda' (NVIDIA's cards, and AMD's by ROCm), 'mps' (Apple's) and 'xpu'
+    (Intel's); auto is what this machine has beside its CPU. Raises ValueError for others.
     """
     import torch
     there = torch.accelerator.current_accelerator(check_available=True)
@@ -475,10 +522,10 @@ def find_dtype(dtype, device, else_='float32'):
 # Dense 16-bit FLOP/s with sums in fp32, in 10^12: bf16, and fp16 of V100 and T4.
 PEAKS = {
     'A10': 125, 'A100': 312, 'A40': 149.7,            # NVIDIA's data sheets of these cards
-    'A10G': 70, 'L4': 121, 'L40S': 362,               # the same; L4, L40S: half of that with sparsity
+    'A10G': 70, 'L4': 121, 'L40S': 362,               # likewise; half of L4's and L40S's with sparsity
     'H100': 989, 'H100 PCIe': 756, 'H100 NVL': 835,   # H100 data sheet, half of that with sparsity
     'H200': 989, 'H200 NVL': 835, 'GH200': 990,       # H200 and GH200 data sheets, likewise
-    'B200': 2250, 'GB200': 2500,                      # HGX B200 and GB200 NVL72 data sheets, likewise
+    'B200': 2250, 'GB200': 2500,                      # HGX B200, GB200 NVL72 data sheets, likewise
     'RTX 3090': 71,                                   # GA102 white paper, appendix A
     'RTX 4090': 165.2,                                # Ada white paper, appendix A
     'RTX 5090': 209.5,                                # RTX Blackwell white paper, appendix A
@@ -486,7 +533,7 @@ PEAKS = {
 
 
 def peak_flops(device):
-    """FLOP/s of a card in 16 bits by its data sheet; None for a CPU or a card that is not listed."""
+    """FLOP/s of a card in 16 bits by its data sheet; None for a CPU or a card not listed."""
     import torch
     if not device.startswith('cuda'):
         return None
@@ -498,7 +545,7 @@ def peak_flops(device):
 
 
 def peak_memory(device):
-    """The most memory in bytes that this process has held on a device, or None where nobody counts."""
+    """The most bytes that this process has held on a device, or None where nobody counts."""
     import torch
     if device.startswith(('cuda', 'xpu')):
         return torch.accelerator.max_memory_allocated()
@@ -520,23 +567,24 @@ def to_device(tensor, device):
 def join_processes(device):
     """Join torchrun's other processes -> this one's device, such as 'cuda:3'.
 
-    They talk by NCCL on CUDA, XCCL on XPU and gloo on the CPU. Raises ValueError for a kind of device of
-    which a machine has one.
+    They talk by NCCL on CUDA, XCCL on XPU and gloo on the CPU. Raises ValueError for a kind of
+    device of which a machine has one.
     """
     import torch
     import torch.distributed as dist
     kind = device.partition(':')[0]
     backend = {'cpu': 'gloo', 'cuda': 'nccl', 'xpu': 'xccl'}.get(kind)
     if not backend:
-        raise ValueError(f'several processes cannot share device={kind}: start one, or take --device=cpu')
+        raise ValueError(f'several processes cannot share device={kind}: start one, or take '
+                         '--device=cpu')
     if kind != 'cpu':
         device = f'{kind}:{os.environ["LOCAL_RANK"]}'
         torch.accelerator.set_device_index(int(os.environ['LOCAL_RANK']))
     store, rank, world = next(dist.rendezvous('env://'))
     if os.environ.get('GROUP_WORLD_SIZE') == '1':  # torchrun on one machine
-        # Its store outlives the processes: without keys of their own, those that it starts again may find
-        # the addresses of the dead (github.com/pytorch/pytorch/issues/135712). On several machines the
-        # counts of restarts can differ.
+        # Its store outlives the processes: without keys of their own, those that it starts again
+        # may find the addresses of the dead (github.com/pytorch/pytorch/issues/135712). On several
+        # machines the counts of restarts can differ.
         store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
     dist.init_process_group(backend, store=store, rank=rank, world_size=world,
                             device_id=None if kind == 'cpu' else torch.device(device))
@@ -569,15 +617,16 @@ def agree(**facts):
         for name in first:
             if other[name] != first[name]:
                 raise ValueError(
-                    f'process {rank} on {host} has another {name} than process 0 on {first_host}: give '
-                    'all machines the same command, and the same files (a disk that they share)')
+                    f'process {rank} on {host} has another {name} than process 0 on {first_host}: '
+                    'give all machines the same command, and the same files (a disk that they share)')
 
 
 def leave_processes():
-    """The last call of a script that joined others: wait for them, then end this process, with status 0.
+    """The last call of a script that joined others: wait for them, then end, with status 0.
 
-    It ends without Python's own clearing up: gloo's threads live on in it, and one that lets go of a tensor while the
-    interpreter is taken down aborts the process, though its work is done (github.com/pytorch/pytorch/issues/190489).
+    It ends without Python's own clearing up: gloo's threads live on in it, and one that lets go of a
+    tensor while the interpreter is taken down aborts the process, though its work is done
+    (github.com/pytorch/pytorch/issues/190489).
     """
     import torch.distributed as dist
     dist.barrier()  # who leaves while another still talks to it is an error to that one

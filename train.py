@@ -2,14 +2,14 @@
 
   python train.py config/gpt2_demo.py                               one process, a GPU or the CPU
   torchrun --nproc_per_node=8 train.py config/mom_medium_k2h6s.py   one process per GPU
-  torchrun --nproc_per_node=2 train.py config/mom_demo.py           two processes, a GPU each, or the CPU
+  torchrun --nproc_per_node=2 train.py config/mom_demo.py           two: a GPU each, or the CPU
   torchrun --nproc_per_node=8 train.py config/mom_large_k2h6s.py --fsdp=True      weights sharded
   python train.py --out_dir=out/mom_demo --init_from=resume         go on where that run stopped
   python train.py --init_from=gpt2 --max_steps=0                    evaluate, and write nothing
 
 The defaults are the paper's recipe (section 4.1). Any setting: in a config file, or as --key=value.
-Settings of the model are the fields of MoMConfig (model.py), except vocab_size, which comes from the
-data. Of weights that are loaded, what is not given stays as it is.
+Settings of the model are the fields of MoMConfig (model.py), except vocab_size, which comes from
+the data. Of weights that are loaded, what is not given stays as it is.
 """
 import csv
 import importlib.util
@@ -77,7 +77,7 @@ is_main = rank == 0
 writes = is_main and max_steps > 0
 last_pt, best_pt = os.path.join(out_dir, 'last.pt'), os.path.join(out_dir, 'best.pt')
 log_path = os.path.join(out_dir, 'log.csv')
-restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # torchrun --max_restarts did it
+restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # by torchrun --max_restarts
 launch = os.environ.get('TORCHELASTIC_RUN_ID', '')  # of torchrun; the same after a restart
 
 if writes and os.path.isdir(out_dir):
@@ -86,11 +86,11 @@ checkpoint = None
 if init_from == 'resume' or restarted and os.path.exists(last_pt):
     checkpoint = load_checkpoint(last_pt)
     if init_from != 'resume' and overwrite and checkpoint.get('launch') != launch:
-        checkpoint = None  # of the run that was to be overwritten: our first start did not come that far
+        checkpoint = None  # of the run to be overwritten: our first start did not come that far
 if checkpoint:
     parts = dict(settings=dict, optimizer=dict, scaler=dict, step=int, val_loss=float, val_step=int,
                  best_loss=float, meta=dict, rng=torch.Tensor)
-    if not (all(isinstance(checkpoint.get(k), kind) for k, kind in parts.items())
+    if not (all(isinstance(checkpoint.get(k), of) for k, of in parts.items())
             and {'state', 'param_groups'} <= checkpoint['optimizer'].keys()):
         raise ValueError(f'{last_pt} holds weights, but no training to resume: begin one with '
                          f'--init_from={last_pt}')
@@ -107,34 +107,35 @@ resumed = checkpoint is not None
 
 # ----------------------------------------------------------------------------- settings
 
+def need(condition, sentence):
+    if not condition:
+        raise ValueError(sentence)
+
+
 for key in ('batch_size', 'micro_batch', 'block_size', 'eval_every', 'eval_tokens', 'log_every'):
-    if settings[key] < 1:
-        raise ValueError(f'{key}={settings[key]} must be at least 1')
+    need(settings[key] >= 1, f'{key}={settings[key]} must be at least 1')
 for key in ('max_steps', 'seed', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip'):
-    if not 0 <= settings[key] < math.inf:
-        raise ValueError(f'{key}={settings[key]} must be at least 0')
+    need(0 <= settings[key] < math.inf, f'{key}={settings[key]} must be at least 0')
 for key in ('beta1', 'beta2'):
-    if not 0 <= settings[key] < 1:
-        raise ValueError(f'{key}={settings[key]} must be at least 0 and below 1')
-if not 0 <= warmup < 1:
-    raise ValueError(f'warmup={warmup} is a share of the steps: 0 <= warmup < 1')
-if min_lr > learning_rate:
-    raise ValueError(f'min_lr={min_lr} is above learning_rate={learning_rate}: take a smaller one')
-if track not in ('', 'wandb', 'trackio', 'tensorboard'):
-    raise ValueError(f"track={track!r} must be 'wandb', 'trackio' or 'tensorboard'")
-if track and not importlib.util.find_spec(track):
-    raise ValueError(f'track={track} needs the package: pip install {track}')
+    need(0 <= settings[key] < 1, f'{key}={settings[key]} must be at least 0 and below 1')
+need(0 <= warmup < 1, f'warmup={warmup} is a share of the steps: 0 <= warmup < 1')
+need(min_lr <= learning_rate,
+     f'min_lr={min_lr} is above learning_rate={learning_rate}: take a smaller one')
+need(track in ('', 'wandb', 'trackio', 'tensorboard'),
+     f"track={track!r} must be 'wandb', 'trackio' or 'tensorboard'")
+need(not track or importlib.util.find_spec(track),
+     f'track={track} needs the package: pip install {track}')
 per_rank = batch_size // world
 micro = min(micro_batch, per_rank)  # sequences of one forward pass
-if batch_size % world or per_rank % micro:
-    raise ValueError(f'batch_size={batch_size} must be a multiple of {world} processes x '
-                     f'micro_batch={micro_batch}')
+need(micro and batch_size % world == 0 and per_rank % micro == 0,
+     f'batch_size={batch_size} must be a multiple of {world} processes x micro_batch={micro_batch}')
 device = common.find_device(device)
 dtype = common.find_dtype(dtype, device, else_='float16')
-if fsdp and (world == 1 or compile or dtype == 'float16'):
-    raise ValueError('fsdp=True shards over several processes (torchrun), and goes with neither '
-                     'compile=True nor dtype=float16: change that, or take --fsdp=False')
-meta = common.read_data(data_dir, last_pt if resumed else init_from)
+need(not fsdp or world > 1 and not compile and dtype != 'float16',
+     'fsdp=True shards over several processes (torchrun), and goes with neither compile=True nor '
+     'dtype=float16: change that, or take --fsdp=False')
+source = last_pt if resumed else init_from
+meta = common.read_data(data_dir, source)
 
 # ----------------------------------------------------------------------------- processes
 
@@ -162,31 +163,31 @@ if checkpoint:
     have = checkpoint['model_config']
     for key, value in overrides.items():
         if value != have[key]:
-            raise ValueError(f'{key}={value!r}, but the run in {out_dir} has {have[key]!r}: leave it '
-                             'out to resume')
+            raise ValueError(f'{key}={value!r}, but the run in {out_dir} has {have[key]!r}: '
+                             'leave it out to resume')
     raw = GPT(MoMConfig(**have))
     raw.load_state_dict(regroup(checkpoint['model'], raw, False, last_pt))
 elif init_from == 'scratch':
     raw = GPT(MoMConfig(**{k: settings[k] for k in model_keys}, vocab_size=meta['vocab_size']))
 else:
-    raw = GPT.from_pretrained(init_from, **overrides)
+    raw = GPT.from_pretrained(source, **overrides)
 cfg = raw.cfg
 settings.update({k: getattr(cfg, k) for k in model_keys})  # what is printed and saved is resolved
 block_size = cfg.block_size
 
 for split in ('train', 'val'):
     tokens = meta[f'{split}_tokens']
-    if tokens <= block_size:
-        raise ValueError(f'{data_dir}/{split}.bin has {tokens:,} tokens, not one sequence of '
-                         f'block_size={block_size} and its target: take a shorter block_size or more '
-                         'text')
+    need(tokens > block_size,
+         f'{data_dir}/{split}.bin has {tokens:,} tokens, not one sequence of block_size='
+         f'{block_size} and its target: take a shorter block_size or more text')
 padding = cfg.vocab_size - meta['vocab_size']  # many vocabularies are padded a little, some by more
-if padding < 0 or padding > 127 and meta['tokenizer'] != common.tokenizer_of(init_from).name:
-    raise ValueError(f'{data_dir} has {meta["vocab_size"]} kinds of token, the weights know '
-                     f'{cfg.vocab_size}: prepare the text with the tokenizer of the weights')
+need(0 <= padding < 128 or padding > 0 and meta['tokenizer'] == common.tokenizer_of(source).name,
+     f'{data_dir} has {meta["vocab_size"]} kinds of token, the weights know {cfg.vocab_size}: '
+     'prepare the text with the tokenizer of the weights')
 
 sha256 = raw.fingerprint()
-common.agree(settings=settings, data=meta, step=checkpoint['step'] if checkpoint else 0, weights=sha256)
+step = checkpoint['step'] if checkpoint else 0
+common.agree(settings=settings, data=meta, step=step, weights=sha256)
 raw.to(device)
 raw.checkpointing = checkpointing
 model = raw
@@ -209,13 +210,13 @@ if fsdp:  # each chunk is gathered when it runs
     warnings.filterwarnings('ignore', 'FSDP2-wrapped module .* returned a view')
 elif world > 1:
     model = DistributedDataParallel(model, device_ids=None if device == 'cpu' else [device])
-optimizer = torch.optim.AdamW(raw.param_groups(weight_decay), lr=learning_rate, betas=(beta1, beta2),
-                              fused=True)
+optimizer = torch.optim.AdamW(raw.param_groups(weight_decay), lr=learning_rate,
+                              betas=(beta1, beta2), fused=True)
 
 # ----------------------------------------------------------------------------- batches
 
 def sequences(split, offsets):
-    """The sequences that start at `offsets` -> inputs and targets, each (len(offsets), block_size)."""
+    """The sequences that start at `offsets` -> inputs, targets: (len(offsets), block_size) each."""
     # It is opened anew each time: memory would grow by all that was ever read from one memmap.
     tokens = np.memmap(os.path.join(data_dir, f'{split}.bin'), dtype='<u2', mode='r')
     rows = np.stack([tokens[o:o + block_size + 1] for o in offsets]).astype(np.int64)
@@ -239,7 +240,7 @@ def train_batches(step):
         yield sequences('train', offsets[at:at + micro])
 
 
-# ----------------------------------------------------------------------------- learning rate, evaluation
+# ----------------------------------------------------------------------------- learning rate
 
 def lr_at(step, s=settings):
     """Linear warm-up over the first share `warmup` of the steps, then a cosine down to min_lr."""
@@ -250,14 +251,15 @@ def lr_at(step, s=settings):
     return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
 
 
+# ----------------------------------------------------------------------------- evaluation
+
 @torch.no_grad()
 def evaluate():
-    """Validation -> (mean loss in nats per token, modules per token and step: attention, feed-forward).
+    """Validation -> mean loss in nats per token; modules per token and step, attention, feed-forward.
 
     The sequences are evenly spread over val.bin and never drawn at random: no evaluation changes a
-    training step, and the loss is the mean over all of their tokens, whatever the number of processes.
-    None if a signal interrupts it: it may take longer than who sent the signal waits, and is done again
-    after resuming.
+    training step. The loss is the mean over all of their tokens, however many the processes. None if
+    a signal interrupts it: it may take longer than the sender waits, and is done after resuming.
     """
     picked = dict.fromkeys('AF', 0)  # modules, SKIP is none
     asked = dict.fromkeys('AF', 0)   # tokens that they were picked for
@@ -310,9 +312,9 @@ def not_written(path, error):
 
 
 def save():
-    """Write last.pt whole or not at all; if its validation loss is the best, best.pt is the same file.
+    """Write last.pt whole or not at all; if its validation loss is the best, best.pt is that file.
 
-    Sharded weights and moments are put together: the file is the same however many processes wrote it.
+    Sharded weights and moments are put together: the number of processes does not show in it.
     """
     global saved_step
     weights, moments = whole(raw.state_dict()), whole(optimizer.state_dict())
@@ -328,29 +330,15 @@ def save():
         with common.atomic_write(last_pt) as f:
             torch.save(state, f)
         if val_step == step and val_loss == best_loss:
-            keep_best()
+            common.link(last_pt, best_pt)
     except (OSError, RuntimeError) as error:
         raise not_written(last_pt, error) from error
     saved_step = step
 
 
-def keep_best():
-    """best.pt becomes the file that last.pt is."""
-    part = best_pt + '.part'
-    if os.path.exists(part):  # a kill in this place left it
-        os.unlink(part)
-    if os.path.exists(best_pt) and os.path.samefile(last_pt, best_pt):
-        return
-    try:  # a hard link costs nothing; some file systems have none
-        os.link(last_pt, part)
-    except OSError:
-        shutil.copyfile(last_pt, part)
-    os.replace(part, best_pt)
-
-
 launcher = ['torchrun', f'--nproc_per_node={world}'] if world > 1 else ['python']
 go_on = common.command(*launcher, 'train.py', f'--out_dir={out_dir}', '--init_from=resume')
-step, val_loss, val_step, best_loss, saved_step = 0, math.inf, -1, math.inf, 'none'
+val_loss, val_step, best_loss, saved_step = math.inf, -1, math.inf, 'none'
 if checkpoint:
     moments = checkpoint['optimizer']
     parameters = [p for group in optimizer.param_groups for p in group['params']]
@@ -367,14 +355,13 @@ if checkpoint:
         group.update(weight_decay=now['weight_decay'], betas=(beta1, beta2))
     scaler.load_state_dict(checkpoint['scaler'])
     torch.set_rng_state(checkpoint['rng'])
-    step, val_loss, val_step, best_loss = (
-        checkpoint[k] for k in ('step', 'val_loss', 'val_step', 'best_loss'))
+    val_loss, val_step, best_loss = (checkpoint[k] for k in ('val_loss', 'val_step', 'best_loss'))
     saved_step = step
     if max_steps and checkpoint['meta']['train_sha256'] != meta['train_sha256']:
         raise ValueError(f'{data_dir} is not the data that the run in {out_dir} was trained on '
                          '(train.bin differs)')
     if writes and val_step == step and val_loss == best_loss:
-        keep_best()  # a kill between the two files leaves an older best.pt
+        common.link(last_pt, best_pt)  # a kill between the two leaves an older best.pt
     checkpoint = moments = None  # frees the memory
 
 # ----------------------------------------------------------------------------- log
@@ -386,7 +373,8 @@ if writes:
     kept = []
     if resumed and os.path.exists(log_path):  # steps after the checkpoint are done again
         with open(log_path, newline='', errors='replace') as f:
-            rows = [*csv.reader(line for line in f if line.endswith('\n'))]  # a kill can leave half a line
+            lines = [line for line in f if line.endswith('\n')]  # a kill can leave half of one
+            rows = [*csv.reader(lines)]
         for row in rows:
             if len(row) == len(COLUMNS) and row[0].isdigit():
                 measured = row[COLUMNS.index('val_loss')]
@@ -403,14 +391,7 @@ if writes:
             f.write(json.dumps(settings, indent=1).encode() + b'\n')
     except OSError as error:
         raise not_written(log_path, error) from error
-tracker = None
-if writes and track == 'tensorboard':
-    from torch.utils.tensorboard import SummaryWriter
-    tracker = SummaryWriter(out_dir, purge_step=step + 1)
-    tracker.add_text('settings', json.dumps(settings, indent=1))
-elif writes and track:  # wandb and trackio are called alike
-    tracker = importlib.import_module(track)
-    tracker.init(project='mixture-of-modules', name=common.run_name(out_dir), config=settings)
+send, end_tracking = common.tracker(track if writes else '', out_dir, settings, step)
 
 
 def log(step, **row):
@@ -421,33 +402,25 @@ def log(step, **row):
             csv.DictWriter(f, COLUMNS).writerow({'step': step, **row})
     except OSError as error:
         raise not_written(log_path, error) from error
-    if track == 'tensorboard':
-        for name, value in row.items():
-            tracker.add_scalar(name, value, step)
-    elif track:
-        tracker.log(row, step=step)
-
-
-def clock(seconds):
-    return f'{int(seconds) // 3600}:{int(seconds) // 60 % 60:02d}:{int(seconds) % 60:02d}'
+    send(step, row)
 
 
 n_params, n_router = raw.num_params()
 changed = {k: v for k, v in settings.items() if v != common.defaults[k]}
 pairs = ', '.join(f'{k}\0=\0{v!r}' for k, v in changed.items())  # a line ends between them
 say(textwrap.fill(pairs, 100, break_long_words=False, break_on_hyphens=False).replace('\0', ' '))
-say(f'{n_params:,} parameters, {n_router:,} of them in routers; {cfg.n_layer} layers of modules, depth '
-    f'{cfg.depth}')
+say(f'{n_params:,} parameters, {n_router:,} of them in routers; {cfg.n_layer} layers of modules, '
+    f'depth {cfg.depth}')
 say(f'weights at step {step}: SHA-256 {sha256}')
 card = torch.cuda.get_device_name(device) if kind == 'cuda' else device
-say(f'{card} x {world}, {dtype}; a step is {batch_size} sequences = {batch_size * block_size:,} tokens, '
-    f'in {per_rank // micro} forward passes of {micro} sequences per process')
+say(f'{card} x {world}, {dtype}; a step is {batch_size} sequences = {batch_size * block_size:,} '
+    f'tokens, in {per_rank // micro} forward passes of {micro} sequences per process')
 if fsdp:
     mine = sum(p.to_local().numel() for p in raw.parameters())
     say(f'sharded: {mine:,} parameters per process')
 if resumed and 0 < step < max_steps and lr_at(step, before) != lr_at(step):
-    say(f'the learning rate jumps: {lr_at(step - 1, before):.2e} at step {step}, {lr_at(step):.2e} at step '
-        f'{step + 1}, since max_steps={max_steps} and the other settings of its curve are not as before')
+    say(f'the learning rate jumps: {lr_at(step - 1, before):.2e} at step {step}, {lr_at(step):.2e} at '
+        f'step {step + 1}, since max_steps or another setting of its curve is not as before')
 
 # ----------------------------------------------------------------------------- training
 
@@ -461,7 +434,7 @@ def ask_to_stop(signum, frame):
 
 signal.signal(signal.SIGTERM, ask_to_stop)
 signal.signal(signal.SIGINT, ask_to_stop)
-if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup ignores it
+if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # by nohup
     signal.signal(signal.SIGHUP, ask_to_stop)
 
 flops = raw.flops_per_token(block_size, merged=True)
@@ -479,11 +452,11 @@ while not stopping:
         val_loss, k_a, k_f = measured
         val_step, best_loss = step, min(best_loss, val_loss)
         bits_per_byte = val_loss / math.log(2) * meta['val_tokens'] / meta['val_bytes']
-        if cfg.phi != 'mod':  # whose training takes `capacity` of the tokens, whatever its predictor says
-            flops = raw.flops_per_token(block_size, k_a, k_f, merged=True)  # SKIP and merging are no work
+        if cfg.phi != 'mod':  # its training takes `capacity` of the tokens, whatever is predicted
+            flops = raw.flops_per_token(block_size, k_a, k_f, merged=True)  # SKIP is no work
         log(step, val_loss=val_loss, val_bits_per_byte=bits_per_byte, k_a=k_a, k_f=k_f)
-        say(f'{step}/{max_steps} | val loss {val_loss:.4f} | perplexity {math.exp(val_loss):.2f} | bits '
-            f'per byte {bits_per_byte:.4f}'
+        say(f'{step}/{max_steps} | val loss {val_loss:.4f} | perplexity {math.exp(val_loss):.2f} | '
+            f'bits per byte {bits_per_byte:.4f}'
             + (f' | modules per token {k_a:.2f} MHA, {k_f:.2f} FFN' if n_router else ''))
         save()
     if step >= max_steps:
@@ -511,9 +484,10 @@ while not stopping:
     if not math.isfinite(loss) or skipped > 20 * (dtype == 'float16'):
         offsets = ', '.join(map(str, batch_offsets(step)[:8])) + ', ...' * (batch_size > 8)
         raise ValueError(
-            f'step {step + 1}: loss {loss}, gradient norm {grad_norm}. Training stops before the update. '
-            f'The batch is train_batches({step}) of seed={seed}: the sequences at tokens {offsets} of '
-            f'{data_dir}/train.bin. The last good checkpoint is {last_pt}, of step {saved_step}')
+            f'step {step + 1}: loss {loss}, gradient norm {grad_norm}. Training stops before the '
+            f'update. The batch is train_batches({step}) of seed={seed}: the sequences at tokens '
+            f'{offsets} of {data_dir}/train.bin. The last good checkpoint is {last_pt}, of step '
+            f'{saved_step}')
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
@@ -526,17 +500,17 @@ while not stopping:
         tokens_per_s=round(rate))
     if step % log_every == 0 or step == max_steps:
         mfu = f'MFU {3 * flops * rate / (peak * world):.1%} | ' if peak else ''
-        left = clock((max_steps - step) * sorted(times)[len(times) // 2])
+        left = common.clock((max_steps - step) * sorted(times)[len(times) // 2])
         say(f'{step}/{max_steps} | loss {loss:.4f} | lr {lr_at(step - 1):.2e} | grad norm '
             f'{grad_norm:.2f} | {1000 * seconds:.0f} ms | {rate:,.0f} tok/s | {mfu}ETA {left}')
 
 if stopping:
     save()
     say(f'stopped after step {step}, saved. Go on with: {go_on}')
-if tracker:
-    tracker.close() if track == 'tensorboard' else tracker.finish()
+end_tracking()
 memory = common.peak_memory(device)
-say(f'{step - first_step} steps in {clock(time.time() - started)}; best validation loss {best_loss:.4f}'
+say(f'{step - first_step} steps in {common.clock(time.time() - started)}; best validation loss '
+    f'{best_loss:.4f}'
     + (f'; peak memory {memory / 2**30:.2f} GiB' if memory else '')
     + (' per process' if memory and world > 1 else ''))
 if world > 1:
