@@ -3,10 +3,11 @@
 # make reproduce    the paper's tables and figures at a small scale, hours; goes on where it stopped. ARGS="--only=table1"
 # make gpu     what only a GPU can show, within BUDGET=25 minutes, into out/gpu/report.md
 # make test    every test
-# Each makes a virtual environment and installs what it needs.
+# Each makes a virtual environment and installs what it needs; TORCH='torch>=2.11' takes the newest torch.
 
 PYTHON ?= python3
 VENV   ?= .venv
+TORCH  ?= torch==2.13.0
 PY     := $(VENV)/bin/python
 
 .PHONY: demo systems reproduce gpu test clean
@@ -56,7 +57,7 @@ test: $(VENV)/installed-dev
 
 $(VENV)/installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install -q -r requirements.txt
+	$(PY) -m pip install -q '$(TORCH)' -r requirements.txt
 	touch $@
 
 $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed

@@ -120,7 +120,7 @@ def test_the_numbers_of_a_model_by_counting():
     total = Counter()
     for one in out['chunks']:
         key = one['chunk'], one['kind']
-        picked = [[set(ids) for ids in decisions[*key, h].ids.tolist()] for h in range(3)]
+        picked = [[set(ids) for ids in decisions[(*key, h)].ids.tolist()] for h in range(3)]
         routes = Counter(', '.join('+'.join('S' if i == 4 else str(i + 1) for i in sorted(step[t])) for step in picked)
                          for t in range(120))
         assert out['tokens'] == 120 and one['distinct_routes'] == len(routes)
@@ -134,7 +134,8 @@ def test_the_numbers_of_a_model_by_counting():
         for i in range(5):
             assert one['shares'][i] == pytest.approx([np.mean([i in s for s in step]) for step in picked])
             for h in range(3) if i < 4 else ():
-                pairs = zip(decisions[*key, h].ids.flatten().tolist(), decisions[*key, h].weights.flatten().tolist())
+                at_step = decisions[(*key, h)]
+                pairs = zip(at_step.ids.flatten().tolist(), at_step.weights.flatten().tolist())
                 its = [w for j, w in pairs if i == j]
                 assert one['mean_weights'][i][h] == (pytest.approx(np.mean(its)) if its else None)
         skip = np.array([[4 in s for s in step] for step in picked])

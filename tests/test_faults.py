@@ -1,6 +1,8 @@
 """Faults: what happens to long runs, done to short ones. tests/kill.py and tests/fuzz.py run longer by hand."""
 import csv
+import functools
 import os
+import pty
 import random
 import re
 import resource
@@ -14,6 +16,8 @@ import pytest
 import torch
 
 import common
+import model
+import weights
 from tests import fuzz, kill
 from tests.test_train import ENV, SYSTEMS, command
 
@@ -107,7 +111,7 @@ def test_killed_between_its_two_files(whole, tmp_path):
     for _ in range(2):
         train(tmp_path / 'run', *RESUME)
         assert kill.differences(whole, tmp_path / 'run') == []
-        assert sorted(os.listdir(tmp_path / 'run')) == ['best.pt', 'last.pt', 'log.csv']
+        assert sorted(os.listdir(tmp_path / 'run')) == ['.lock', 'best.pt', 'last.pt', 'log.csv', 'settings.json']
 
 
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(whole, phase_two, tmp_path):
@@ -214,6 +218,60 @@ def test_evaluation_changes_no_step_of_phase_two(whole, phase_two, tmp_path):
         assert fuzz.json.dumps(str(last(whole)[key])) == fuzz.json.dumps(str(last(tmp_path / 'run')[key])), key
 
 
+def test_a_folder_takes_one_run(one, phase_two, tmp_path):
+    args = [*phase_two, '--max_steps=100000', '--eval_every=100000']
+    first = kill.Training([*map(str, args), f'--out_dir={tmp_path / "run"}'], 1, f'{tmp_path}/output')
+    while '\n2/100000 | loss' not in first.text():
+        assert first.poll() is None, first.text()
+    for more in ([*args, '--overwrite=True'], RESUME):
+        text = train(tmp_path / 'run', *more, fails=True)
+        assert 'another run is at work in' in text and text.count('\n') == 1
+    first.kill(signal.SIGTERM)
+    assert first.wait() == 0
+    with open(tmp_path / 'run' / 'log.csv') as f:
+        steps = [int(row['step']) for row in csv.DictReader(f) if row['loss']]
+    assert steps == [*range(1, last(tmp_path / 'run')['step'] + 1)]
+
+
+def test_a_terminal_that_goes_away_stops_the_run_and_saves(phase_two, tmp_path):
+    """As an SSH session that drops: SIGHUP, and nowhere to print."""
+    pid, terminal = pty.fork()
+    if pid == 0:
+        os.chdir(common.ROOT)
+        os.execve(sys.executable, [*command('train.py', *phase_two), f'--out_dir={tmp_path / "run"}'], ENV)
+    text = b''
+    while b'\n3/16 | loss' not in text:
+        text += os.read(terminal, 1000)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    assert 3 <= last(tmp_path / 'run')['step'] < 16
+
+
+def test_a_run_under_nohup_outlives_the_terminal(phase_two, tmp_path, monkeypatch):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert stop_at(3, tmp_path / 'run', *phase_two, by=signal.SIGHUP)[0] == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert last(tmp_path / 'run')['step'] == 16
+
+
+@pytest.mark.parametrize('what', ['data', 'weights', 'step'])
+def test_processes_that_see_different_files_are_refused(what, whole, tmp_path, monkeypatch):
+    def other(self, *args):
+        found = real(self, *args)
+        if os.environ['RANK'] == '1':
+            key = dict(data='documents', step='step', weights='model')[what]
+            found[key] = {k: w + 1 for k, w in found[key].items()} if what == 'weights' else found[key] + 1
+        return found
+    module, name = (common, 'read_data') if what == 'data' else (weights, 'load_checkpoint')
+    real = getattr(module, name)
+    monkeypatch.setattr(module, name, other)
+    shutil.copytree(whole, tmp_path / 'run')
+    text = train(tmp_path / 'run', *RESUME, ranks=2, fails=True)
+    assert f'has another {what} than process 0 on' in text and 'Traceback' not in text
+
+
 # ----------------------------------------------------------------------------- full disks, broken files
 
 def test_a_full_disk_leaves_the_previous_checkpoint(whole, phase_two, tmp_path):
@@ -287,6 +345,24 @@ def test_float16_saves_its_scaler_and_resumes_bit_for_bit(data, tmp_path):
     train(tmp_path / 'run', *RESUME)
     assert kill.differences(tmp_path / 'whole', tmp_path / 'run') == []
     assert last(tmp_path / 'whole')['scaler']['_growth_tracker'] > 0
+
+
+ONE_STEP = {'mom': ['--K=3', '--H=1'], 'moe': [*SYSTEMS['moe'], '--router=gru']}
+
+
+@pytest.mark.parametrize('system', ONE_STEP)
+def test_the_compiled_path_of_a_hopper_leaves_no_gradient_out(system, phase_two, tmp_path, monkeypatch):
+    """On two processes DDP waits for all. A GRU's only step does not use the weights of its state."""
+    def step(self, *args):
+        assert all(p.grad is not None for group in self.param_groups for p in group['params'])
+        return real_step(self, *args)
+    real_step = torch.optim.AdamW.step
+    monkeypatch.setattr(torch.optim.AdamW, 'step', step)
+    monkeypatch.setattr(model, 'has_grouped_mm', lambda device, C: True)
+    monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
+    text = train(tmp_path / 'run', *phase_two, *ONE_STEP[system], '--max_steps=3', '--dtype=bfloat16', '--compile=True',
+                 ranks=2)
+    assert '3/3 | loss' in text
 
 
 # ----------------------------------------------------------------------------- sharding

@@ -1,5 +1,6 @@
 """train.py and sample.py as a user runs them: commands on a small folder of real text."""
 import csv
+import importlib
 import json
 import os
 import shutil
@@ -237,6 +238,100 @@ def test_bench_puts_runs_side_by_side(phase_one, phase_two):
     assert "take 'runs'" in run('walks', script='bench.py', fails=True)
 
 
+def test_what_is_printed_differs_from_the_defaults_and_all_is_kept(phase_two):
+    out, stdout = phase_two
+    head = stdout.split('parameters')[0]
+    assert 'router_dim = 8' in head and 'beta1' not in head and 'micro_batch' not in head
+    assert max(map(len, head.splitlines()[:-1])) <= 100 or ' ' not in max(head.splitlines(), key=len)
+    kept = json.loads((out / 'settings.json').read_text())
+    assert kept == last(out)['settings'] and kept['beta1'] == 0.9 and kept['router_dim'] == 8
+    assert 'MFU' not in stdout  # of a CPU nobody knows the peak
+
+
+def test_no_steps_evaluate_and_write_nothing(text, phase_one, tmp_path):
+    before = {path: path.read_bytes() for path in phase_one.iterdir()}
+    data = f'--data_dir={text}'
+    from_it = run(data, *TINY, f'--init_from={phase_one}', f'--out_dir={tmp_path / "run"}', '--max_steps=0')
+    resumed = run(data, f'--out_dir={phase_one}', '--init_from=resume', '--max_steps=0')
+    want = min(float(row['val_loss']) for row in log(phase_one) if row['val_loss'])
+    assert f'0/0 | val loss {want:.4f}' in from_it and f'60/0 | val loss {want:.4f}' in resumed
+    assert from_it.count('val loss') == resumed.count('val loss') == 1
+    assert not (tmp_path / 'run').exists()
+    assert before == {path: path.read_bytes() for path in phase_one.iterdir()}
+
+
+def test_a_jump_of_the_learning_rate_is_said(text, phase_one, tmp_path):
+    shutil.copytree(phase_one, tmp_path / 'run')
+    resume = [f'--out_dir={tmp_path / "run"}', '--init_from=resume']
+    jumped = run(*resume, '--max_steps=62')
+    lr = [float(row['lr']) for row in log(tmp_path / 'run') if row['lr']]
+    assert f'the learning rate jumps: {lr[59]:.2e} at step 60, {lr[60]:.2e} at step 61' in jumped
+    assert 'jumps' not in run(*resume)
+
+
+def test_a_small_share_of_few_steps_is_a_step_of_warm_up(text, phase_one, tmp_path):
+    run(*TINY, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}', '--max_steps=25', '--warmup=0.1')
+    lr = [float(row['lr']) for row in log(tmp_path / 'run') if row['lr']]  # 2.5 steps are 3
+    assert lr[:3] == pytest.approx([0.01 / 3, 0.02 / 3, 0.01])
+
+
+@pytest.mark.parametrize('own', [True, False])
+def test_padded_vocabularies(own, text, phase_one, tmp_path):
+    """600 kinds of token, and a text with 257: a checkpoint says that they are bytes, a directory that they are not."""
+    if own:
+        state = last(phase_one)
+        wte = state['model']['wte.weight']
+        state['model']['wte.weight'] = torch.cat([wte, wte.new_zeros(600 - 257, 32)])
+        state['model_config']['vocab_size'] = 600
+        torch.save(state, tmp_path / 'weights')
+    else:
+        shape = transformers.GPT2Config(n_embd=32, n_layer=4, n_head=2, n_positions=64, vocab_size=600, bos_token_id=0,
+                                        eos_token_id=0)
+        transformers.GPT2LMHeadModel(shape).save_pretrained(tmp_path / 'weights')
+    output = run(*TINY[4:], '--max_steps=2', f'--data_dir={text}', f'--out_dir={tmp_path / "run"}',
+                 f'--init_from={tmp_path / "weights"}', fails=not own)
+    assert ('2/2 | val loss' if own else 'the weights know 600: prepare the text with the tokenizer') in output
+
+
+WANDB = """
+import json, sys
+def write(what, *args, **more):
+    with open({path!r}, 'a') as f:
+        f.write(json.dumps([what, args, more]) + '\\n')
+def init(**more): write('init', **more)
+def log(row, step): write('log', row, step)
+def finish(): write('finish')
+class SummaryWriter:
+    def __init__(self, folder, purge_step): write('init', folder, purge_step)
+    def add_text(self, name, text): write('text', name)
+    def add_scalar(self, name, value, step): write('log', {{name: value}}, step)
+    def close(self): write('finish')
+"""
+
+
+@pytest.mark.parametrize('track', ['wandb', 'trackio', 'tensorboard'])
+def test_tracking(track, text, tmp_path, monkeypatch):
+    path = tmp_path / 'sent'
+    (tmp_path / f'{track}.py').write_text(WANDB.format(path=str(path)))
+    monkeypatch.syspath_prepend(tmp_path)
+    if track == 'tensorboard':
+        monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', importlib.import_module(track))
+    args = [*TINY, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}', '--max_steps=4', '--eval_every=2']
+    run(*args, f'--track={track}')
+    sent = [json.loads(line) for line in path.read_text().splitlines()]
+    assert sent[0][0] == 'init' and sent[-1][0] == 'finish'
+    if track != 'tensorboard':
+        assert sent[0][2]['name'] == 'run' and sent[0][2]['config'] == last(tmp_path / 'run')['settings']
+    got = {}
+    for what, args, more in sent:
+        if what == 'log':
+            got.setdefault(args[1], {}).update(args[0])
+    for row in log(tmp_path / 'run'):
+        for key, value in row.items():
+            assert not value or got[int(row['step'])].get(key, int(row['step'])) == float(value)
+    assert sorted(got) == [0, 1, 2, 3, 4] and {'loss', 'lr', 'grad_norm', 'val_loss', 'k_a'} <= got[4].keys()
+
+
 # ----------------------------------------------------------------------------- mistakes
 
 def one_sentence(stderr):
@@ -295,6 +390,10 @@ def test_bad_settings(text, phase_one, tmp_path):
             ([data, f'--out_dir={tmp_path / "a"}', '--batch_size=9', '--micro_batch=2'], 'must be a multiple'),
             ([data, f'--out_dir={tmp_path / "a"}', '--dtype=fp8'], "must be 'auto'"),
             ([data, f'--out_dir={tmp_path / "a"}', '--grad_clip=-1'], 'grad_clip=-1.0 must be at least 0'),
+            ([data, f'--out_dir={tmp_path / "a"}', '--learning_rate=1e999'], 'learning_rate=inf must be'),
+            ([data, f'--out_dir={tmp_path / "a"}', '--min_lr=0.01'], 'min_lr=0.01 is above learning_rate=0.001'),
+            ([data, f'--out_dir={tmp_path / "a"}', '--track=mlflow'], "track='mlflow' must be 'wandb'"),
+            ([data, f'--out_dir={tmp_path / "a"}', '--track=trackio'], 'needs the package: pip install trackio'),
             ([data, f'--out_dir={phase_one}', '--overwrite=True', '--beta2=1'], 'beta2=1.0 must be at least 0'),
             ([*TINY, data, f'--out_dir={phase_one / "last.pt"}'], 'last.pt is a file, where a folder has to be')]:
         assert message in one_sentence(run(*args, fails=True))
