@@ -38,7 +38,7 @@ def pairs(n, seed):
 def write(path, rows):
     table = datasets.Dataset.from_list(list(rows))
     {'jsonl': table.to_json, 'parquet': table.to_parquet, 'csv': table.to_csv,
-     'tsv': lambda p: table.to_csv(p, sep='\t')}[str(path).rsplit('.')[-1]](str(path))
+     'tsv': lambda p: table.to_csv(p, sep='\t', quoting=csv.QUOTE_NONE)}[str(path).rsplit('.')[-1]](str(path))
 
 
 def long_pair(n):  # too long for 96 tokens by far, with a summary longer than 12
@@ -67,14 +67,13 @@ def toy(folder, split, n=None):
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch, tmp_path_factory):
-    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path_factory.getbasetemp() / 'hf')
+def quiet(monkeypatch):
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # the script's own goes with the test
 
 
-def command(*args, ranks=1, cache=None):
+def command(*args, ranks=1):
     launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks > 1 else []
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_DATASETS_CACHE': str(cache)}
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     done = subprocess.run([sys.executable, *launch, SCRIPT, *map(str, args)], cwd=common.ROOT, env=env,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -88,6 +87,7 @@ def run(*args):
         return runpy.run_path(SCRIPT)
     finally:
         sys.argv = before
+        common._locks.clear()  # as when the process ends
 
 
 def fails(*args):
@@ -128,7 +128,7 @@ def trained(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp('trained') / 'run'
     stdout = command(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={out}',
                      '--epochs=6', '--batch_size=16', '--micro_batch=16', '--learning_rate=4e-3', '--max_new_tokens=24',
-                     '--paper_row=MoM_P small', '--device=cpu', cache=folder / 'hf')
+                     '--paper_row=MoM_P small', '--device=cpu')
     return out, stdout
 
 
@@ -271,9 +271,15 @@ def test_the_article_is_cut_never_the_summary(folder, tmp_path):
         assert example.first == article + 7
         assert example.prompt.tolist() == [*b'm' * min(n, 96 - 7 - 20), *SEP]  # and it knows nothing of the summary
     write(tmp_path / 'test.jsonl', [*data, dict(document='m', summary='s' * 87, id=0)])
-    assert 'test.jsonl, row 37 has a summary of 89 tokens: with the separator it does not fit into 96.' in fails(
-        f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path}', f'--out_dir={tmp_path / "new"}', '--epochs=0',
-        '--max_new_tokens=20')
+    args = [f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path}', f'--out_dir={tmp_path / "new"}',
+            '--epochs=0', '--max_new_tokens=20']
+    sentence = fails(*args)
+    assert '1 of 37 rows do not fit into the 96 tokens' in sentence
+    assert 'test.jsonl, row 37, of 89 tokens' in sentence and 'Take weights with a longer block_size' in sentence
+    write(tmp_path / 'test.jsonl', [dict(document='m', summary='s' * 90, id=0), *data, *data[:2]] * 3)
+    sentence = fails(*args)
+    assert '3 of 117 rows do not fit' in sentence and 'row 1, of 92 tokens' in sentence
+    assert '1 of 5 rows do not fit' in fails(*args, '--max_eval=5')
 
 
 # ----------------------------------------------------------------------------- generation and scores
@@ -391,7 +397,7 @@ def test_two_processes_equal_one(folder, tmp_path):
     args = [f'--source={folder / "mom.pt"}', f'--data_dir={folder / "toy"}', *ONE]
     run(*args, f'--out_dir={tmp_path / "one"}')
     stdout = command(*args, f'--out_dir={tmp_path / "two"}', '--gen_batch=2', '--micro_batch=3', '--device=cpu',
-                     ranks=2, cache=folder / 'hf')
+                     ranks=2)
     assert 'cpu x 2' in stdout and stdout.count('held-out loss, nats') == 1
     for a, b in zip(log(tmp_path / 'one'), log(tmp_path / 'two'), strict=True):  # in the last, one rank has no pair
         assert a['loss'] == pytest.approx(b['loss'], rel=1e-4) and a['norm'] == pytest.approx(b['norm'], rel=1e-3)
@@ -514,7 +520,7 @@ def test_another_run_in_the_same_folder_is_refused(folder, tmp_path, monkeypatch
     inside = f'--source={out / "seed1"}'
     assert 'overwrite=True empties' in fails(*args, inside, '--overwrite=True')
     (out / 'run.json').write_text('{')
-    assert 'run.json is broken' in fails(*args)
+    assert 'run.json is not a result of this script' in fails(*args)
     (out / 'run.json').unlink()  # as in a folder of something else's
     assert 'it is of something else' in fails(*args, inside)
     assert len(log(out)) == 3 and [row['id'] for row in summaries(out)] == [f'77-{i}' for i in range(6)]
@@ -531,8 +537,9 @@ def trained_weights(folder, tmp_path):
 
 @pytest.mark.parametrize('ending', ['parquet', 'csv', 'tsv'])
 def test_every_format_is_read_alike(ending, folder, tmp_path):
-    rows = [dict(document='A "quoted", text\nof two\tlines', summary='NA', id='007'),
-            dict(document='null', summary='2', id='08'), *pairs(3, 9)]
+    text = '"Quoted", it begins' if ending == 'tsv' else 'A "quoted", text\nof two\tlines'  # a row is a line
+    rows = [dict(document=text, summary='NA', id='007'), dict(document='null', summary='2', id='08'),
+            dict(document='"A', summary='"B', id='2019-05-01'), *pairs(3, 9)]
     for name in ('jsonl', ending):
         (tmp_path / name).mkdir()
         write(tmp_path / name / f'test.{name}', rows)
@@ -540,7 +547,7 @@ def test_every_format_is_read_alike(ending, folder, tmp_path):
             f'--out_dir={tmp_path / name / "run"}')
     assert result(tmp_path / 'jsonl' / 'run')['data_sha256'] == result(tmp_path / ending / 'run')['data_sha256']
     assert summaries(tmp_path / 'jsonl' / 'run') == summaries(tmp_path / ending / 'run')
-    assert [row['id'] for row in summaries(tmp_path / ending / 'run')][:2] == ['007', '08']
+    assert [row['id'] for row in summaries(tmp_path / ending / 'run')][:3] == ['007', '08', '2019-05-01']
 
 
 def test_one_file_is_cut_into_three(folder, tmp_path):
@@ -566,12 +573,13 @@ def test_the_hub(folder, tmp_path, monkeypatch):
     def unreachable(*args, **kwargs):
         raise ConnectionError('no route')
 
-    def hub(name, split):
+    def hub(name, config, split, streaming):
+        assert config is None and not streaming
         asked.append((name, split))
         return datasets.Dataset.from_list([dict(document=' ', summary='x', id='none'), *pairs(22, len(split))])
 
     monkeypatch.setattr(datasets, 'load_dataset', unreachable)
-    assert 'EdinburghNLP/xsum could not be had from the Hub (no route): give local files, --data_dir=' in fails(*args)
+    assert 'EdinburghNLP/xsum could not be loaded (no route): give local files, --data_dir=' in fails(*args)
     assert not os.listdir(tmp_path)
     monkeypatch.setattr(datasets, 'load_dataset', hub)
     run(*args)
@@ -585,31 +593,39 @@ GOOD = '{"document": "a cat", "summary": "cat", "id": 1}\n'
 
 
 @pytest.mark.parametrize('name, text, message', [
-    ('test.jsonl', '', 'test.jsonl is empty or cannot be read'), ('test.jsonl', '\n\n', 'test.jsonl is empty or'),
-    ('test.csv', 'document,summary,id\n', 'test.csv is empty or'), ('test.parquet', 'no', 'cannot be read as parquet'),
-    ('test.jsonl', GOOD + '{"document": "a', 'cannot be read as jsonl in UTF-8'),
-    ('test.csv', b'document,summary\ncaf\xe9,x\n', 'cannot be read as csv in UTF-8'),
-    ('test.jsonl', '{"article": "a cat", "summary": "cat"}\n', "no column 'document', only article, summary"),
-    ('test.csv', 'document,text\na,b\n', "no column 'summary', only document, text"),
+    ('test.jsonl', '', 'test.jsonl leaves no row for test'), ('test.jsonl', '\n\n', 'test.jsonl leaves no row'),
+    ('test.csv', 'document,summary,id\n', 'test.csv leaves no row'),
+    ('test.parquet', 'no', 'test.parquet, row 1 cannot be read'),
+    ('test.jsonl', GOOD + '{"document": "a', 'test.jsonl, row 2 cannot be read'),
+    ('test.jsonl', GOOD + '\n[]', 'test.jsonl, row 3 cannot be read (it is no object'),
+    ('test.csv', b'document,summary\na,b\ncaf\xe9,x\n', 'test.csv, row 2 cannot be read'),
+    ('test.csv', 'document,summary\na,b\n"c"d,e\n', 'test.csv, row 2 cannot be read'),
+    ('test.jsonl', '{"article": "a cat", "summary": "cat"}\n',
+     "row 1 has no text in 'document', its columns are article, summary"),
+    ('test.csv', 'document,text\na,b\n', "row 1 has no text in 'summary', its columns are document, text"),
     ('test.jsonl', GOOD + '{"document": "a cat", "summary": " "}\n', "row 2 has no text in 'summary'"),
     ('test.jsonl', GOOD + GOOD + '{"summary": "a cat"}\n', "row 3 has no text in 'document'"),
-    ('test.jsonl', '{"document": 5, "summary": "cat"}\n', "row 1 has no text in 'document': repair"),
-    ('test.csv', 'document,summary,id\na, b,c,d\n', 'more fields than its header'),
-    ('tset.jsonl', GOOD, 'test.tsv: there is none'), ('test.txt', GOOD, 'give exactly one of')])
+    ('test.jsonl', '{"document": 5, "summary": "cat"}\n', "row 1 has no text in 'document'"),
+    ('test.jsonl', '{"document": "\\ud83d", "summary": "cat"}\n', "row 1 has no text in 'document'"),
+    ('test.csv', 'document,summary,id\na, b,c,d\n', 'row 1 cannot be read (it has more or fewer values'),
+    ('test.tsv', 'document\tsummary\na\tb\n"c\td\te"\n', 'test.tsv, row 2 cannot be read'),
+    ('tset.jsonl', GOOD, 'has no split test: it holds tset.jsonl; give one of test.jsonl, test.parquet, test.csv'),
+    ('test.txt', GOOD, 'has no split test: it holds test.txt; give one of')])
 def test_bad_files(name, text, message, folder, tmp_path):
-    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     args = [f'--source={folder / "vanilla.pt"}', f'--out_dir={tmp_path / "run"}', '--epochs=0', '--max_new_tokens=2']
-    sentence = fails(*args, f'--data_dir={tmp_path}')
-    assert message in sentence and str(tmp_path) in sentence and not (tmp_path / 'run').exists()
+    sentence = fails(*args, f'--data_dir={tmp_path / "data"}')
+    assert message in sentence and str(tmp_path) in sentence and not any((tmp_path / 'run').glob('*'))
 
 
 def test_two_files_of_one_split_and_wrong_endings(folder, tmp_path):
     args = [f'--source={folder / "vanilla.pt"}', f'--out_dir={tmp_path / "run"}', '--epochs=0', '--max_new_tokens=2']
     for name in ('test.jsonl', 'test.csv', 'all.txt', 'one.jsonl'):
-        (tmp_path / name).write_text(GOOD)
-    assert 'test.jsonl and ' in fails(*args, f'--data_dir={tmp_path}')
-    assert 'unknown ending' in fails(*args, f'--data_file={tmp_path / "all.txt"}')
-    assert 'nothing.csv: there is none' in fails(*args, f'--data_file={tmp_path / "nothing.csv"}')
+        (tmp_path / name).write_text(GOOD if name.endswith('jsonl') else 'document,summary\na,b\n')
+    assert 'test.jsonl are the same split: keep one' in fails(*args, f'--data_dir={tmp_path}')
+    assert 'all.txt is no file with one of the endings .jsonl, ' in fails(*args, f'--data_file={tmp_path / "all.txt"}')
+    assert 'nothing.csv is no file' in fails(*args, f'--data_file={tmp_path / "nothing.csv"}')
     assert 'no row for test: give more rows or other shares' in fails(*args, f'--data_file={tmp_path / "one.jsonl"}')
 
 
@@ -628,7 +644,7 @@ def test_rows_without_text_can_be_left_out(folder, tmp_path):
     (['--eval_split=train'], 'one of test, validation'), (['--data_file=x.csv'], 'are both given'),
     (['--split=0.5,0.5'], 'three shares'), (['--split=0.5,0.5,0.5'], 'three shares'), (['--split=a,1,0'], 'as 0.8,'),
     (['--split=0.8,0.1.0,0.1'], 'three shares'),
-    (['--paper_row=MoM_P tiny'], 'MoM_P small'), (['--dtype=float16'], 'one of auto, bfloat16, float32'),
+    (['--paper_row=MoM_P tiny'], 'MoM_P small'), (['--dtype=float16'], "one of 'auto', 'bfloat16', 'float32'"),
     (['--max_new_tokens=89'], 'take fewer --max_new_tokens'), (['--source=nowhere'], 'nowhere')])
 def test_bad_settings(args, message, folder, tmp_path):
     assert message in fails(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', '--max_new_tokens=2',
