@@ -5,9 +5,11 @@ import os
 import random
 import runpy
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 
 import datasets
@@ -438,6 +440,35 @@ def test_seeds(folder, tmp_path, monkeypatch):
         assert f'| {mean[0]:.2f} ± {std[0]:.2f} |' in (tmp_path / 'results.md').read_text() and std[0] > 0.1
 
 
+# ----------------------------------------------------------------------------- what is said
+
+def test_what_is_cut_and_what_is_empty_is_said(folder, tmp_path, monkeypatch, capsys):
+    def generate(self, idx, max_new_tokens, lengths, **how):  # empty, but for the first, the longest
+        out = torch.full((len(idx), idx.size(1) + max_new_tokens), 256)
+        out[0, lengths[0]:lengths[0] + 3] = torch.tensor([*b'cat'])
+        return out
+
+    monkeypatch.setattr(GPT, 'generate', generate)
+    run(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path}', *ONE,
+        '--warmup=0.4')
+    stdout, report = capsys.readouterr().out, (tmp_path / 'results.md').read_text()
+    for text in (stdout, report):  # the first 21 and 6 rows hold one long pair each
+        assert 'articles: train truncated 1 of 21; test truncated 1 of 6 (warning: 17%' in text
+        assert '- summaries that are empty: 5 of 6\n' in text
+    assert 'learning rate 0.001, warm-up over 40% of the steps, float32\n' in report
+    assert 'pairs of at most 96 tokens' in report
+    assert result(tmp_path)['truncated'] == dict(train=1, eval=1) and result(tmp_path)['runs'][0]['empty'] == 5
+
+
+def test_a_summary_leaves_less_room_in_training_than_in_a_prompt(folder, tmp_path):
+    """An article can fit into the prompt and be cut beside its own summary, and the other way round."""
+    rows = [dict(document='m' * 60, summary='s' * 40, id=0), dict(document='m' * 80, summary='s', id=1)]
+    write(tmp_path / 'test.jsonl', rows)
+    seen = run(f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path}', f'--out_dir={tmp_path / "run"}',
+               '--epochs=0', '--max_new_tokens=20')['held_out']
+    assert [(e.cut, e.prompt_cut) for e in seen] == [(True, False), (False, True)]
+
+
 # ----------------------------------------------------------------------------- stopping and going on
 
 class Stop(Exception):
@@ -533,6 +564,52 @@ def trained_weights(folder, tmp_path):
     return tmp_path / 'other.pt'
 
 
+def test_ctrl_c_keeps_whole_epochs_and_says_so(folder, tmp_path):
+    args = [f'--source={folder / "mom.pt"}', f'--data_dir={folder / "toy"}', *ONE, '--epochs=30', '--device=cpu']
+    run(*args, f'--out_dir={tmp_path / "whole"}')
+    out = tmp_path / 'out'
+    process = subprocess.Popen([sys.executable, SCRIPT, *args, f'--out_dir={out}', '--overwrite=True'],
+                               cwd=common.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (out / 'seed1' / 'last.pt').exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate()[1]
+    assert process.returncode == 130, stderr
+    assert 'Traceback' not in stderr and stderr.splitlines()[-1] == (
+        f'finetune_xsum.py: stopped. {out} keeps the whole epochs and the summaries that are made: the same '
+        'command goes on there, without --overwrite')
+    assert 1 <= torch.load(out / 'seed1' / 'last.pt', weights_only=True)['epoch'] < 30
+    run(*args, f'--out_dir={out}')
+    whole, broken = (torch.load(path / 'seed1' / 'last.pt', weights_only=True) for path in (tmp_path / 'whole', out))
+    assert all(torch.equal(w, broken['model'][key]) for key, w in whole['model'].items())
+    assert whole['losses'] == broken['losses'] and summaries(tmp_path / 'whole') == summaries(out)
+
+
+def test_two_runs_do_not_share_a_folder(folder, tmp_path):
+    args = [f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path}', *ONE]
+    common.lock_folder(str(tmp_path))
+    assert f'another run is at work in {tmp_path}' in fails(*args)
+    assert os.listdir(tmp_path) == ['.lock']
+    run(*args)  # fails() has freed it
+
+
+def test_a_place_that_takes_no_results_is_found_first(folder, tmp_path):
+    (tmp_path / 'file').touch()
+    assert 'file/run cannot take results' in fails(
+        f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path / "nowhere"}', f'--out_dir={tmp_path}/file/run')
+
+
+def test_no_fp64_is_made_on_the_device(folder, tmp_path, monkeypatch):
+    make = torch.tensor
+
+    def watched(*args, **kwargs):
+        assert kwargs.get('dtype') != torch.float64
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(torch, 'tensor', watched)
+    run(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path}', *ONE)
+
+
 # ----------------------------------------------------------------------------- data
 
 @pytest.mark.parametrize('ending', ['parquet', 'csv', 'tsv'])
@@ -587,6 +664,43 @@ def test_the_hub(folder, tmp_path, monkeypatch):
     report = result(tmp_path)
     assert report['rows_without_text'] == {'train': 1, 'eval': 1} and report['train_pairs'] == 21
     assert [row['id'] for row in summaries(tmp_path)] == [f'4-{i}' for i in range(6)]  # max_eval counts what is used
+
+
+def test_a_file_that_was_replaced_is_read_anew(folder, tmp_path):
+    path = tmp_path / 'data' / 'test.jsonl'
+    args = [f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path / "data"}', '--epochs=0', '--max_new_tokens=2']
+    path.parent.mkdir()
+    for word in ('cat', 'dog'):
+        write(path, [dict(document=f'a {word} sat', summary=word, id='2019-05-01')])
+        os.utime(path, (1_700_000_000, 1_700_000_000))  # the same time for both
+        run(*args, f'--out_dir={tmp_path / word}')
+        row, = summaries(tmp_path / word)
+        assert (row['id'], row['reference'], row['document']) == ('2019-05-01', word, f'a {word} sat')
+    assert result(tmp_path / 'cat')['data_sha256'] != result(tmp_path / 'dog')['data_sha256']
+
+
+def test_local_files_need_no_datasets_and_no_home(folder, tmp_path, monkeypatch):
+    def refused(*args, **kwargs):
+        raise AssertionError('datasets was asked')
+
+    monkeypatch.setattr(datasets, 'load_dataset', refused)
+    for ending in ('jsonl', 'parquet', 'csv', 'tsv'):
+        data = tmp_path / ending
+        data.mkdir()
+        write(data / f'test.{ending}', pairs(3, 9))
+        run(f'--source={folder / "vanilla.pt"}', f'--data_dir={data}', f'--out_dir={data}/run', '--epochs=0',
+            '--max_new_tokens=2')
+
+
+def test_the_shards_of_the_hub_are_read_as_they_are(folder, tmp_path):
+    rows = list(pairs(9, 9))
+    for n in range(3):
+        write(tmp_path / f'test-{n:05}-of-00003.parquet', rows[3 * n:3 * n + 3])
+    args = [f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path}', '--epochs=0', '--max_new_tokens=2']
+    run(*args, f'--out_dir={tmp_path / "run"}')
+    assert [row['id'] for row in summaries(tmp_path / 'run')] == [row['id'] for row in rows]
+    (tmp_path / 'test-00002-of-00003.parquet').unlink()
+    assert 'is one of 3 shards, but 2 are there' in fails(*args, f'--out_dir={tmp_path / "again"}')
 
 
 GOOD = '{"document": "a cat", "summary": "cat", "id": 1}\n'
