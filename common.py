@@ -480,6 +480,20 @@ def is_text(value):
 
 # ----------------------------------------------------------------------------- fine-tuning
 
+def say(text):
+    """Print on the first process alone, above the progress bars."""
+    from tqdm import tqdm
+    if os.environ.get('RANK', '0') == '0':
+        with tqdm.external_write_mode():
+            print(text, flush=True)
+
+
+def write_text(path, text):
+    """A text file, whole or not at all."""
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
 def at_least(settings, **least):
     """ValueError for a setting that is smaller than it may be."""
     for key, value in least.items():

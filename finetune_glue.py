@@ -1,28 +1,27 @@
 """Fine-tune a checkpoint on GLUE (Wang et al. 2018) and score it, as the paper does (4.1, Table 5).
 
-  python finetune_glue.py --source=out/mom_demo --task=cola
-  python finetune_glue.py --source=out/mom_demo --task=cola,rte --data_dir=data/glue
-  torchrun --nproc_per_node=8 finetune_glue.py --source=gpt2-medium --seeds=3
+  python finetune_glue.py --source=out/mom_demo --task=cola                            from the Hub
+  python finetune_glue.py --source=out/mom_demo --task=cola,rte --data_dir=data/glue   from files
+  torchrun --nproc_per_node=8 finetune_glue.py --source=gpt2-medium --seeds=3          all tasks
 
-Without data_dir the data come from the Hugging Face Hub. The paper: learning rate 2e-5, 128 tokens;
-CoLA, STS-B, MRPC and RTE 3 epochs of batches of 32; MNLI, QNLI, QQP and SST-2 8,000 steps of 64.
-Figures are in percent, and their average is over nine, since MNLI has two.
+The paper: learning rate 2e-5, 128 tokens; CoLA, STS-B, MRPC and RTE 3 epochs of batches of 32; MNLI,
+QNLI, QQP and SST-2 8,000 steps of 64. The average is over nine figures, MNLI's two among them.
 
 The paper leaves open, and we took what is usual for BERT and GPT: AdamW (0.9, 0.999) with weight
 decay 0.01, 10% linear warm-up, then linear decay to 0, clipping at 1.0. The weights after the last
-step are scored, on the validation split: no epoch is picked by its score. A sentence is followed by
-<|endoftext|>, a pair is sentence <|endoftext|> sentence <|endoftext|>; of a pair that is too long,
-the longer one is cut. One linear layer reads the last <|endoftext|>, after the final LayerNorm.
-STS-B is regression with squared error. MoD, and a balance loss, take padding for tokens in training.
+step are scored, on the validation split. A sentence is followed by <|endoftext|>, a pair is sentence
+<|endoftext|> sentence <|endoftext|>; of a pair that is too long, the longer one is cut. One linear
+layer reads the last <|endoftext|>, after the final LayerNorm. STS-B is regression with squared
+error. MoD, and a balance loss, take padding for tokens in training.
 
-Files: data_dir/rte/train.jsonl, validation.jsonl and, if there is one, test.jsonl; mnli has
-validation_matched and validation_mismatched. Also .parquet, .csv and .tsv; the Hub's shards; and
-the folders and files of GLUE's own archive as they are (RTE/dev.tsv). Labels: numbers or names.
+Files: data_dir/rte/train.jsonl, validation.jsonl and, if there is one, test.jsonl (mnli:
+validation_matched, validation_mismatched); also .parquet, .csv, .tsv, the Hub's shards, and GLUE's
+own archive as it is (RTE/dev.tsv). Labels are numbers or names.
 
 out_dir gets <task>_seed<n>.json for each result, results.md with all of them, and
 predictions_seed<n>/ with the files of the GLUE server: CoLA.tsv for the test split, or
-CoLA.validation.tsv where there is none. The server also wants WNLI.tsv and AX.tsv: take those of
-its sample submission. After a stop, the same command goes on: what has its .json is not done again.
+CoLA.validation.tsv where there is none (WNLI.tsv and AX.tsv are in the server's sample submission).
+After a stop, the same command goes on: what has its .json is not done again.
 """
 import copy
 import glob
@@ -47,8 +46,8 @@ import common
 from weights import load_file
 
 # --- what
-source = 'out/mom_demo'       # a run's directory or checkpoint, a GPT-2 name, or a Hugging Face directory
-task = 'all'                  # cola, sst2, mrpc, qqp, qnli, rte, mnli, stsb, several as 'cola,rte', or 'all'
+source = 'out/mom_demo'       # a run's folder or checkpoint, a GPT-2 name, a Hugging Face folder
+task = 'all'                  # or cola, sst2, mrpc, qqp, qnli, rte, mnli, stsb: some, 'cola,rte'
 seed = 1337                   # of the fresh head, the order of the examples and the choice of max_train
 seeds = 1                     # how many seeds: seed, seed + 1, ...
 out_dir = ''                  # '' is out/glue_<name of source>
@@ -59,7 +58,7 @@ data_dir = ''                 # folder of local files, see above; '' is the Hub
 hub_id = 'nyu-mll/glue'       # on the Hub
 max_train = 0                 # training examples, drawn at random; 0 is all
 max_eval = 0                  # validation and test examples, the first ones; 0 is all
-length = 128                  # tokens of an example at most; a model with a shorter block_size takes that
+length = 128                  # tokens of an example at most; no more than the model's block_size
 # --- optimisation
 learning_rate = 2e-5          # peak
 batch_size = 0                # examples per step, over all processes; 0 is the task's
@@ -71,27 +70,26 @@ weight_decay = 0.01           # of matrices and embeddings
 grad_clip = 1.0               # largest gradient norm; 0 is off
 # --- system
 device = 'auto'               # where to run; 'auto' is the accelerator if there is one, else 'cpu'
-dtype = 'auto'                # autocast: 'bfloat16' or 'float32'; auto is bfloat16 on a GPU that has it
+dtype = 'auto'                # autocast: 'bfloat16', 'float32'; auto: bfloat16 if the GPU has it
 # ---
 settings, given = common.load(globals()) if __name__ == '__main__' else ({}, set())  # not in tests
 
-Task = namedtuple('Task', 'columns labels metric batch_size epochs max_steps splits')
+Task = namedtuple('Task', 'metric batch_size epochs max_steps splits columns labels')
 PAIR = ['sentence1', 'sentence2']
 ENTAILED = ['entailment', 'not_entailment']
 BRIEF, LONG = (32, 3, 0), (64, 0, 8000)  # batch size, epochs or steps
 TASKS = {  # in the order of Table 5; splits: the server's name of a figure, and the split it is of
-    'sst2': Task(['sentence'], ['negative', 'positive'], 'accuracy', *LONG, {'SST-2': 'validation'}),
-    'cola': Task(['sentence'], ['unacceptable', 'acceptable'], 'Matthews', *BRIEF,
-                 {'CoLA': 'validation'}),
-    'mrpc': Task(PAIR, ['not_equivalent', 'equivalent'], 'F1', *BRIEF, {'MRPC': 'validation'}),
-    'qqp': Task(['question1', 'question2'], ['not_duplicate', 'duplicate'], 'F1', *LONG,
-                {'QQP': 'validation'}),
-    'qnli': Task(['question', 'sentence'], ENTAILED, 'accuracy', *LONG, {'QNLI': 'validation'}),
-    'rte': Task(PAIR, ENTAILED, 'accuracy', *BRIEF, {'RTE': 'validation'}),
-    'mnli': Task(['premise', 'hypothesis'], ['entailment', 'neutral', 'contradiction'], 'accuracy',
-                 *LONG, {'MNLI-m': 'validation_matched', 'MNLI-mm': 'validation_mismatched'}),
-    # No label names: regression, from 0 to 5. The figure is the mean of Pearson and Spearman.
-    'stsb': Task(PAIR, [], 'correlation', *BRIEF, {'STS-B': 'validation'})}
+    'sst2': Task('accuracy', *LONG, {'SST-2': 'validation'}, ['sentence'], ['negative', 'positive']),
+    'cola': Task('Matthews', *BRIEF, {'CoLA': 'validation'}, ['sentence'],
+                 ['unacceptable', 'acceptable']),
+    'mrpc': Task('F1', *BRIEF, {'MRPC': 'validation'}, PAIR, ['not_equivalent', 'equivalent']),
+    'qqp': Task('F1', *LONG, {'QQP': 'validation'}, ['question1', 'question2'],
+                ['not_duplicate', 'duplicate']),
+    'qnli': Task('accuracy', *LONG, {'QNLI': 'validation'}, ['question', 'sentence'], ENTAILED),
+    'rte': Task('accuracy', *BRIEF, {'RTE': 'validation'}, PAIR, ENTAILED),
+    'mnli': Task('accuracy', *LONG, {'MNLI-m': 'validation_matched', 'MNLI-mm': 'validation_mismatched'},
+                 ['premise', 'hypothesis'], ['entailment', 'neutral', 'contradiction']),
+    'stsb': Task('correlation', *BRIEF, {'STS-B': 'validation'}, PAIR, [])}  # regression, 0 to 5
 FIGURES = [figure for t in TASKS.values() for figure in t.splits]
 BY_NAME = ('qnli', 'rte', 'mnli')  # the server wants names for these and numbers for the others
 # What GLUE's archive calls the columns. Its CoLA has no line of names.
@@ -126,12 +124,7 @@ PAPER = {line.rsplit(None, 10)[0]: line.split()[-10:] for line in TABLE_5.strip(
 
 rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 is_main = rank == 0
-
-
-def say(*text):
-    if is_main:
-        print(*text, flush=True)
-
+broken_rows = []  # of QQP: its archive has some that are cut off, which all leave out
 
 # ----------------------------------------------------------------------------- data
 
@@ -142,16 +135,8 @@ Examples = namedtuple('Examples', 'ids cut labels source')
 def folders_of(name):
     """The folders of data_dir that are a task's: for stsb, stsb or STS-B."""
     paths = glob.glob(os.path.join(glob.escape(data_dir), '*', ''))
-    return [p for p in paths if os.path.basename(p[:-1]).lower().replace('-', '') == name]
-
-
-def folder_of(name):
-    folders = folders_of(name)
-    if len(folders) == 1:
-        return folders[0][:-1]
-    here = sorted(os.listdir(data_dir)) if os.path.isdir(data_dir) else []
-    raise ValueError(f'{data_dir} must hold one folder of {name}, called {name} or as in the archive '
-                     f'of GLUE; it holds {", ".join(here) or "nothing"}')
+    paths = [path[:-1] for path in paths] if data_dir else []
+    return [path for path in paths if os.path.basename(path).lower().replace('-', '') == name]
 
 
 def data_of(name):
@@ -169,15 +154,18 @@ def data_of(name):
 def splits_of(name):
     """The splits of a task -> {split: (where from, rows)}. ValueError if one is missing."""
     validation, found = TASKS[name].splits.values(), {}
-    if data_dir:
-        folder = folder_of(name)
-    else:
+    folders = folders_of(name)
+    if data_dir and len(folders) != 1:
+        here = sorted(os.listdir(data_dir)) if os.path.isdir(data_dir) else []
+        raise ValueError(f'{data_dir} must hold one folder of {name}, called {name} or as in the '
+                         f'archive of GLUE; it holds {", ".join(here) or "nothing"}')
+    if not data_dir:
         table = common.hub_table(hub_id, name, None, instead=(
             f'a folder that holds {name}/train.jsonl and so on, --data_dir=FOLDER'))
     for split in ('train', *validation, *(v.replace('validation', 'test') for v in validation)):
         optional = split.startswith('test')
         if data_dir:
-            if paths := common.find_split(folder, split, optional):
+            if paths := common.find_split(folders[0], split, optional):
                 found[split] = ', '.join(paths), local_rows(name, paths)
         elif split in table:
             where = f'{hub_id}, {name}, {split}'
@@ -197,9 +185,6 @@ def local_rows(name, paths):
             columns = COLA_COLUMNS
     broken = broken_rows if name == 'qqp' else None
     return common.read_tables(paths, columns, ['label', *IN_ARCHIVE['label']], broken)
-
-
-broken_rows = []  # of QQP: its archive has some that are cut off, which all leave out
 
 
 def join_sentences(parts, eot, length):
@@ -263,9 +248,7 @@ def encode(name, split, source, rows, tokenizer, length):
 
 
 def draw(examples, n, seed):
-    """n of the examples, drawn at random; all for n = 0."""
-    if not n:
-        return examples
+    """n of the examples, drawn at random."""
     chosen = np.random.default_rng([seed, 0]).permutation(len(examples.ids))[:n].tolist()
     return examples._replace(ids=[examples.ids[i] for i in chosen], labels=examples.labels[chosen],
                              cut=[examples.cut[i] for i in chosen])
@@ -274,11 +257,10 @@ def draw(examples, n, seed):
 # ----------------------------------------------------------------------------- model, scores
 
 def classify(model, head, rows, pad_id, width=0, bf16=False):
-    """Ids of B examples, arrays of any lengths -> fp32 logits (B, outputs), and the chunks' Decisions.
+    """Ids of B examples, arrays of any lengths -> fp32 logits (B, outputs), the chunks' Decisions.
 
     Padded at the right to `width`, or to the longest. Attention is causal and all else is per token,
-    so padding reaches no real token, and the head reads the last real one. (Only MoD in training
-    mode compares tokens.)
+    but for MoD in training: padding reaches no real token, and the head reads the last real one.
     """
     device = head.weight.device
     idx = common.pad(rows, pad_id, width).to(device)  # (B, T)
@@ -315,7 +297,8 @@ def scores(metric, predicted, labels):
 def evaluate(model, head, examples, pad_id, bf16, desc):
     """What is predicted for n examples, on the CPU of every rank: classes, int64 (n,), or with one
     output its values, fp64. Each example is done by one rank, once."""
-    order = sorted(range(len(examples.ids)), key=lambda i: -len(examples.ids[i]))  # equal lengths together
+    # Equal lengths together.
+    order = sorted(range(len(examples.ids)), key=lambda i: -len(examples.ids[i]))
     batches = [order[at:at + micro_batch] for at in range(0, len(order), micro_batch)]
     logits = torch.zeros(len(order), head.out_features, device=head.weight.device)
     model.eval()
@@ -405,12 +388,11 @@ def write_predictions(path, name, predicted):
     else:
         values = [labels[i] if name in BY_NAME else str(i) for i in predicted.tolist()]
     lines = ['index\tprediction', *(f'{i}\t{value}' for i, value in enumerate(values)), '']
-    with common.atomic_write(path) as file:
-        file.write('\n'.join(lines).encode())
+    common.write_text(path, '\n'.join(lines))
 
 
 def markdown(results, n_seeds, title, how=''):
-    """Results, dicts as in the .json files -> a Markdown table of ours, the baseline's and the paper's.
+    """Results, as in the .json files -> a Markdown table of ours, the baseline's and the paper's.
 
     mean ± standard deviation (n - 1) over the seeds. A figure is shown when all seeds have it, the
     average when all nine figures are shown. how: a line on what all results have in common.
@@ -473,16 +455,17 @@ def run_task(want, base, tokenizer, data, folder, on):
     part = path.replace('.json', '.part.pt')
     common.if_stopped = (f'{folder} keeps what is finished, and of {name}, seed {s} its whole epochs: '
                          'the same command goes on there')
-    data = {**data, 'train': draw(data['train'], max_train, s)}
+    if max_train:
+        data = {**data, 'train': draw(data['train'], max_train, s)}
     ids, labels = data['train'].ids, data['train'].labels
     steps = want['max_steps'] or want['epochs'] * math.ceil(len(ids) / size)
-    say(f'\n{name}, seed {s}: {len(ids):,} examples from {data["train"].source}, '
-        f'{steps:,} steps of {size}. The first three:')
+    common.say(f'\n{name}, seed {s}: {len(ids):,} examples from {data["train"].source}, '
+               f'{steps:,} steps of {size}. The first three:')
     for i in epoch_order(len(ids), s, 0)[:3]:
         label = labels[i].item()
-        say(f'  {t.labels[label] if t.labels else label} | {tokenizer.decode(ids[i].tolist())}')
+        common.say(f'  {t.labels[label] if t.labels else label} | {tokenizer.decode(ids[i].tolist())}')
     for split, examples in data.items():
-        say(f'  {split}: {common.cut_note(sum(examples.cut), len(examples.ids))}')
+        common.say(f'  {split}: {common.cut_note(sum(examples.cut), len(examples.ids))}')
 
     torch.manual_seed(s)
     model, head = copy.deepcopy(base).to(on), torch.nn.Linear(base.cfg.n_embd, len(t.labels) or 1)
@@ -494,39 +477,39 @@ def run_task(want, base, tokenizer, data, folder, on):
                      desc=f'{name}, seed {s}, training', part=part, want=want)
 
     usual = labels.bincount().argmax() if t.labels else labels.mean()
-    result = dict(task=name, seed=s, figures={}, baseline={}, baseline_predicts=usual.item(),
-                  predictions=[])
+    always = t.labels[usual] if t.labels else f'{usual:.4g}'
+    figures, baseline, predictions = {}, {}, []
     for figure, split in t.splits.items():
         gold = data[split].labels
         predicted = evaluate(model, head, data[split], **last, desc=f'{name}, seed {s}, {split}')
-        result['figures'][figure] = scores(t.metric, predicted, gold)
-        result['baseline'][figure] = scores(t.metric, usual.expand(len(gold)), gold)
-        shown = ', '.join(f'{k} {v:.2f}' for k, v in result['figures'][figure].items())
-        always = t.labels[usual] if t.labels else f'{usual.item():.4g}'
-        say(f'{figure}: {shown}; always predicting {always}: '
-            f'{result["baseline"][figure]["score"]:.2f}')
+        figures[figure] = scores(t.metric, predicted, gold)
+        baseline[figure] = scores(t.metric, usual.expand(len(gold)), gold)
+        shown = ', '.join(f'{part} {value:.2f}' for part, value in figures[figure].items())
+        common.say(f'{figure}: {shown}; always predicting {always}: {baseline[figure]["score"]:.2f}')
         file = f'{figure}.{split}.tsv'
         if (test := split.replace('validation', 'test')) in data:
             predicted = evaluate(model, head, data[test], **last, desc=f'{name}, seed {s}, {test}')
             file = f'{figure}.tsv'  # which the server takes
-        result['predictions'].append(os.path.join(folder, f'predictions_seed{s}', file))
+        predictions.append(os.path.join(folder, f'predictions_seed{s}', file))
         if is_main:
-            write_predictions(result['predictions'][-1], name, predicted)
-    result['splits'] = {split: dict(source=e.source, examples=len(e.ids), truncated=sum(e.cut))
-                        for split, e in data.items()}
-    result['settings'] = {**want, 'source': source, 'micro_batch': micro_batch, 'device': on,
-                          'processes': world}
-    result.update(steps=steps, train_loss=loss, labels=t.labels, model_config=asdict(base.cfg),
-                  torch=str(torch.__version__), seconds=round(time.time() - began, 1))
-    if is_main and save:
+            write_predictions(predictions[-1], name, predicted)
+    if not is_main:
+        return
+    result = dict(
+        task=name, seed=s, figures=figures, baseline=baseline, baseline_predicts=usual.item(),
+        predictions=predictions, steps=steps, train_loss=loss, labels=t.labels,
+        splits={split: dict(source=e.source, examples=len(e.ids), truncated=sum(e.cut))
+                for split, e in data.items()},
+        settings=dict(want, source=source, micro_batch=micro_batch, device=on, processes=world),
+        model_config=asdict(base.cfg), torch=str(torch.__version__),
+        seconds=round(time.time() - began, 1))
+    if save:
         with common.atomic_write(path.replace('.json', '.pt')) as file:
             torch.save(dict(result, model=model.state_dict(), head=head.state_dict(),
                             meta=dict(tokenizer=tokenizer.name)), file)
-    if is_main:  # last, and whole: where this file is, the others are
-        with common.atomic_write(path) as file:
-            file.write(json.dumps(result, indent=2).encode() + b'\n')
-        if os.path.exists(part):
-            os.unlink(part)
+    common.write_text(path, json.dumps(result, indent=2) + '\n')  # last: where it is, the others are
+    if os.path.exists(part):
+        os.unlink(part)
 
 
 def main():
@@ -563,7 +546,7 @@ def main():
                              f'this command has {want[other]!r}: take another --out_dir, or delete '
                              'that file')
         if result and (not save or os.path.exists(path.replace('.json', '.pt'))):
-            say(f'{path} is there already')
+            common.say(f'{path} is there already')
         else:
             todo.append(want)
 
@@ -574,13 +557,13 @@ def main():
                 rows = itertools.islice(rows, max_eval)
             data[name][split] = encode(name, split, where, rows, tokenizer, tokens)
     if broken_rows:
-        say(f'left out: {len(broken_rows)} rows of {", ".join(sorted({*broken_rows}))} that have '
-            'more or fewer values than columns')
+        common.say(f'left out: {len(broken_rows)} rows of {", ".join(sorted({*broken_rows}))} that have '
+                   'more or fewer values than columns')
 
     if world > 1:
         on = common.join_processes(on)
-    say(f'{source}: chunks {base.cfg.chunks}, {base.num_params()[0]:,} parameters, tokenizer '
-        f'{tokenizer.name!r}; {on} x {world}, {precision}; at most {tokens} tokens')
+    common.say(f'{source}: chunks {base.cfg.chunks}, {base.num_params()[0]:,} parameters, tokenizer '
+               f'{tokenizer.name!r}; {on} x {world}, {precision}; at most {tokens} tokens')
     for want in todo:
         run_task(want, base, tokenizer, data[want['task']], folder, on)
 
@@ -589,9 +572,8 @@ def main():
         how = (f'Learning rate {learning_rate}, warm-up over {warmup:.0%} of the steps, at most '
                f'{tokens} tokens, {precision}.')
         table = markdown([r for r, other in found if r and not other], seeds, source, how)
-        with common.atomic_write(os.path.join(folder, 'results.md')) as file:
-            file.write(table.encode())
-        say(f'\n{table}\n{folder}/results.md')
+        common.write_text(os.path.join(folder, 'results.md'), table)
+        common.say(f'\n{table}\n{folder}/results.md')
     if world > 1:
         common.leave_processes()
 

@@ -32,12 +32,12 @@ import common
 from weights import load_checkpoint
 
 # --- run
-source = 'gpt2'               # a run's directory or checkpoint, a GPT-2 name, or a Hugging Face directory
+source = 'gpt2'               # a run's folder or checkpoint, a GPT-2 name, a Hugging Face folder
 out_dir = ''                  # '' is out/xsum_<name of source>
 overwrite = False             # start anew in an out_dir that holds another run
 # --- data (columns: document, summary and, if there is one, id)
 hub_id = 'EdinburghNLP/xsum'  # on the Hugging Face Hub: 204,045 / 11,332 / 11,334 pairs
-data_dir = ''                 # instead: a folder with train, validation and test, as .jsonl, .parquet, .csv or .tsv
+data_dir = ''                 # instead: a folder with train and test, as .jsonl, .parquet, .csv or .tsv
 data_file = ''                # instead: one such file, which this script cuts into the three
 split = '0.8,0.1,0.1'         # shares of data_file: train, validation, test
 split_seed = 1337             # of the draw that cuts data_file
@@ -45,17 +45,17 @@ eval_split = 'test'           # 'test' or 'validation': which articles are summa
 max_train = 0                 # use the first rows only; 0 is all
 max_eval = 0                  # likewise
 skip_empty = False            # leave rows without text out; the Hub's always are, and counted
-# --- training: learning rate, length, epochs and batch are the paper's (section 4.1), the rest is ours
-separator = '\nTL;DR:'        # between article and summary; GPT-2's authors asked for summaries in this way
-length = 1024                 # tokens of an example; a model with fewer positions takes its own block_size
+# --- training: rate, length, epochs and batch are the paper's (section 4.1), the rest is ours
+separator = '\nTL;DR:'        # between article and summary, as GPT-2's authors asked for summaries
+length = 1024                 # tokens of an example; no more than the model's block_size
 epochs = 3                    # 0 generates without training
 batch_size = 64               # examples per step, over all processes and micro-batches
 micro_batch = 8               # examples per forward pass of a process, at most
 learning_rate = 2e-5          # peak; AdamW (0.9, 0.999)
-warmup = 0.1                  # share of the steps in which the learning rate rises; then it falls linearly to 0
+warmup = 0.1                  # share of the steps in which the rate rises; then it falls to 0
 weight_decay = 0.01           # of matrices and embeddings
 grad_clip = 1.0               # largest gradient norm; 0 is off
-seed = 1                      # of the order of the examples. Nothing else is random: there is no dropout
+seed = 1                      # of the order of the examples. Nothing else is random
 seeds = 1                     # how many runs: seed, seed + 1, ...
 # --- generation, in the weights' own type
 beams = 1                     # 1 is greedy
@@ -66,7 +66,7 @@ show = 10                     # summaries printed at the end, beside their refer
 paper_row = ''                # a row of the paper's Table 6 to put beside ours, such as 'MoM_P small'
 # --- system
 device = 'auto'               # where to run; 'auto' is the accelerator if there is one, else 'cpu'
-dtype = 'auto'                # autocast of the loss: 'bfloat16' or 'float32'; auto is bfloat16 on a GPU that has it
+dtype = 'auto'                # autocast: 'bfloat16', 'float32'; auto: bfloat16 if the GPU has it
 # ---
 settings, given = common.load(globals())
 
@@ -79,7 +79,7 @@ TABLE_6 = {  # ROUGE-1, -2, -L and their mean, of small, medium and large
     'MoM_I': ((20.50, 5.31, 16.90, 14.24), (26.29, 8.21, 21.47, 18.66), (30.91, 10.21, 24.08, 21.73)),
     'MoM_P': ((21.73, 6.14, 17.72, 15.19), (26.61, 9.05, 22.24, 19.30), (31.38, 10.77, 24.93, 22.36))}
 
-# ----------------------------------------------------------------------------- settings, checked before anything long
+# ----------------------------------------------------------------------------- settings, checked
 
 rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 is_main = rank == 0
@@ -92,7 +92,7 @@ if eval_split not in ('test', 'validation'):
 if not 0 <= warmup < 1:
     raise ValueError(f'warmup={warmup} is a share of the steps: 0 <= warmup < 1')
 if data_dir and data_file:
-    raise ValueError('data_dir and data_file are both given: take a folder of splits or one file to cut')
+    raise ValueError('data_dir and data_file are both given: take a folder or one file to cut')
 shares = [float(share) for share in split.split(',') if re.fullmatch(r'\s*\d*\.?\d+\s*', share)]
 if len(shares) != 3 or abs(sum(shares) - 1) > 1e-6:
     raise ValueError(f'split={split!r} must be three shares that sum to 1, such as 0.8,0.1,0.1')
@@ -236,17 +236,10 @@ if world > 1:
 model.to(device)
 
 
-def say(text):
-    if is_main:
-        with tqdm.external_write_mode():  # around the progress bars
-            print(text, flush=True)
-
-
 def write(name, text):
     """A file of out_dir, whole or not at all, by the first rank."""
     if is_main:
-        with common.atomic_write(os.path.join(out_dir, name)) as file:
-            file.write(text.encode())
+        common.write_text(os.path.join(out_dir, name), text)
 
 
 if fresh and is_main:
@@ -260,8 +253,8 @@ cut = f'{eval_split} {common.cut_note(sum(e.prompt_cut for e in held_out), len(h
 if epochs:
     cut = f'train {common.cut_note(sum(e.cut for e in train), len(train))}; ' + cut
 ids, first = (train or held_out)[0].ids.tolist(), (train or held_out)[0].first
-say('\n'.join(f'{key} = {value!r}' for key, value in settings.items()))
-say(f'''
+common.say('\n'.join(f'{key} = {value!r}' for key, value in settings.items()))
+common.say(f'''
 {model.num_params()[0]:,} parameters; {device} x {world}, {dtype}
 {len(train):,} pairs to train on, {len(held_out):,} of {eval_split} to summarise
 articles: {cut}
@@ -297,7 +290,7 @@ def losses_of(examples):
         idx, targets = ids[:, :-1], ids[:, 1:].clone()  # (B, T)
         for b, e in enumerate(rows):
             targets[b, :e.first - 1] = targets[b, len(e.ids) - 1:] = -100
-        counted = (targets.flatten() >= 0).nonzero().T  # (1, n): the head and the logits for these alone
+        counted = (targets.flatten() >= 0).nonzero().T  # (1, n): logits for these alone
         with autocast:
             x, decisions = model.features(idx.to(device))  # (B, T, C)
             x = x.flatten(0, 1)[counted.to(device)]  # (1, n, C)
@@ -355,7 +348,7 @@ def fine_tune(seed):
             optimizer.load_state_dict(saved['optimizer'])
     else:
         losses.append(evaluate())
-        say(f'seed {seed} | before | held-out loss {losses[0]:.4f}')
+        common.say(f'seed {seed} | before | held-out loss {losses[0]:.4f}')
     bar = tqdm(total=steps, initial=len(log), desc=f'seed {seed}: training', unit='step',
                disable=not is_main or not epochs)
     for epoch in range(done, epochs):
@@ -369,8 +362,8 @@ def fine_tune(seed):
             bar.update()
         losses.append(evaluate())
         mean = statistics.fmean(row[1] for row in log[-steps_per_epoch:])
-        say(f'seed {seed} | epoch {epoch + 1}/{epochs} | training loss {mean:.4f} | '
-            f'held-out loss {losses[-1]:.4f}')
+        common.say(f'seed {seed} | epoch {epoch + 1}/{epochs} | training loss {mean:.4f} | '
+                   f'held-out loss {losses[-1]:.4f}')
         lines = [','.join(map(str, row)) for row in [('step', 'loss', 'lr', 'norm'), *log]]
         write(f'seed{seed}/log.csv', '\n'.join(lines))
         if is_main:  # sample.py and this script take it as a source
@@ -440,14 +433,12 @@ def summarise(seed):
 
 # ----------------------------------------------------------------------------- ROUGE and the report
 
-# torchmetrics takes the Porter stemmer from nltk, which is no requirement of ours: with it alone are
-# there two variants.
+# torchmetrics takes the Porter stemmer from nltk, which is no requirement of ours.
 STEMMING = {'no': False, 'yes': True} if find_spec('nltk') else {'no': False}
 
 
 def rouge(generated, references):
-    """Texts -> for each variant of stemming, ROUGE-1, -2, -L and their mean: F-measures in percent,
-    means of texts."""
+    """Texts -> by stemming, ROUGE-1, -2, -L and their mean: F-measures in percent, means of texts."""
     from torchmetrics.functional.text import rouge_score  # needed only here, and slow to import
     scores, keys = {}, ('rouge1', 'rouge2', 'rougeL')
     for stemming, use_stemmer in STEMMING.items():
@@ -468,6 +459,7 @@ for seed in range(seed, seed + seeds):
                          empty=sum(not row['generated'] for row in rows)))
 
 if is_main:
+    origin = data_file or data_dir or hub_id
     decoding = 'greedy' if beams == 1 else f'{beams} beams'
     lead = rouge([e.lead for e in held_out], [e.reference for e in held_out])
     table = [("the article's first sentence", s, lead[s], []) for s in STEMMING]
@@ -493,7 +485,7 @@ if is_main:
     empty = ', '.join(f'{run["empty"]} of {len(held_out):,}' for run in runs)
     report = '\n'.join(f'| {" | ".join(row)} |' for row in cells) + f'''
 
-- ROUGE F-measure in percent, {len(held_out):,} pairs, split {eval_split} of {data_file or data_dir or hub_id}
+- ROUGE F-measure in percent, {len(held_out):,} pairs, split {eval_split} of {origin}
 - {decoding}, at most {max_new_tokens} new tokens, articles cut to {prompt_room} tokens
 - summaries that are empty: {empty}
 - training: {epochs} x {len(train):,} pairs of at most {T} tokens, {steps:,} steps of {batch_size},
@@ -504,9 +496,9 @@ if is_main:
 ''' + '- with stemming as well after pip install nltk\n' * ('yes' not in STEMMING)
     write('results.md', report)
     for row in rows[:show]:
-        say(f'\n{row["id"]}: {row["document"][:80]!r}...\n  reference: {row["reference"]}\n'
-            f'  generated: {row["generated"]}')
-    say(f'\n{report}\n{out_dir}: results.md, results.json, and of each seed '
-        f'{"last.pt, log.csv and " * bool(epochs)}summaries.jsonl')
+        common.say(f'\n{row["id"]}: {row["document"][:80]!r}...\n  reference: {row["reference"]}\n'
+                   f'  generated: {row["generated"]}')
+    common.say(f'\n{report}\n{out_dir}: results.md, results.json, and of each seed '
+               f'{"last.pt, log.csv and " * bool(epochs)}summaries.jsonl')
 if world > 1:
     common.leave_processes()
