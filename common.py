@@ -403,15 +403,15 @@ def find_split(folder, split, optional=False):
     if optional:
         return []
     looked_for = ', '.join(name + ending for name in names for ending in TABLES)
-    raise ValueError(f'{folder} has no split {split}: it holds {", ".join(here) or "nothing"}; give '
-                     f'one of {looked_for}, or shards {split}-00000-of-00001.parquet')
+    raise ValueError(f'{folder} has no split {split}: it holds {", ".join(here) or "nothing"}; '
+                     f'give one of {looked_for}, or shards {split}-00000-of-00001.parquet')
 
 
 def read_tables(paths, columns=None, numbers=(), broken=None):
     """The rows of tables -> ('a.csv, row 3', {column: value}), ... in the order of `paths`.
 
-    A .csv has quotes, a .tsv has none: there a line is a row. What they hold is text; in the columns
-    `numbers` alone, what looks like a number is a float. Blank lines are skipped, but counted.
+    A .csv has quotes, a .tsv has none: there a line is a row. What they hold is text; in the
+    columns `numbers` alone, what looks like a number is a float. Blank lines are skipped, but counted.
     columns: the names, for .tsv files that have no line of them. broken: a list that gets the path
     for each row with more or fewer values than columns, which is then left out.
     Raises ValueError, naming file, row and fix, for a row that cannot be read.
@@ -474,7 +474,7 @@ def hub_rows(table, source):
 
 
 def is_text(value):
-    """Whether a value is a text. Half of a surrogate pair, which JSON can spell, is none in UTF-8."""
+    """Whether a value is text; half of a surrogate pair, which JSON can spell, is none."""
     return isinstance(value, str) and value == value.encode(errors='ignore').decode()
 
 
@@ -494,15 +494,19 @@ def write_text(path, text):
         file.write(text.encode())
 
 
-def at_least(settings, **least):
-    """ValueError for a setting that is smaller than it may be."""
+def check_settings(settings, **least):
+    """ValueError for a setting that is smaller than it may be: than in `least`, or below."""
+    least = dict(dict(seeds=1, micro_batch=1, seed=0, max_train=0, max_eval=0, epochs=0,
+                      batch_size=1, learning_rate=0, weight_decay=0, grad_clip=0), **least)
     for key, value in least.items():
         if not settings[key] >= value:  # so that nan is refused too
             raise ValueError(f'{key}={settings[key]} must be at least {value}')
+    if not 0 <= settings['warmup'] < 1:
+        raise ValueError(f'warmup={settings["warmup"]} is a share of the steps: 0 <= warmup < 1')
 
 
 def check_row(name, rows, table):
-    """ValueError, naming the nearest, where `name` is neither '' nor a row of a table of the paper."""
+    """ValueError, with the nearest, where `name` is neither '' nor a row of a table of the paper."""
     if name and name not in rows:
         near, = difflib.get_close_matches(name, rows, 1, cutoff=0)
         raise ValueError(f'paper_row={name!r} is no row of {table}; did you mean {near!r}? '
@@ -510,7 +514,7 @@ def check_row(name, rows, table):
 
 
 def find_dtype(dtype, device):
-    """'auto', 'bfloat16' or 'float32' -> one of the latter two: what autocast computes in on `device`."""
+    """'auto', 'bfloat16' or 'float32' -> one of the last two: what autocast computes in."""
     if dtype not in ('auto', 'bfloat16', 'float32'):
         raise ValueError(f"dtype={dtype!r} must be one of 'auto', 'bfloat16', 'float32'")
     if dtype != 'auto':
@@ -530,7 +534,8 @@ def model_and_tokenizer(source):
     if encoder.n_vocab > model.cfg.vocab_size:
         raise ValueError(
             f'{source} knows {model.cfg.vocab_size} kinds of token and its tokenizer '
-            f'{encoder.name!r} makes {encoder.n_vocab}: give weights that were trained with this tokenizer')
+            f'{encoder.name!r} makes {encoder.n_vocab}: give weights that were trained with this '
+            'tokenizer')
     return model, encoder
 
 
@@ -552,7 +557,7 @@ def read_result(path, want, fix='delete it'):
 
 
 def cut_note(cut, n):
-    """How many of n examples lost a part because they were too long, as text; with a warning above 10%."""
+    """How many of n examples were too long and lost a part; with a warning above 10%."""
     note = f'truncated {cut:,} of {n:,}'
     if cut > n / 10:
         note += f' (warning: {cut / n:.0%}; weights with a longer block_size see more of the text)'
@@ -560,7 +565,7 @@ def cut_note(cut, n):
 
 
 def pad(rows, fill, width=0):
-    """B lists or arrays of ids -> int64 (B, T), filled up at the right; T is the longest, or `width`."""
+    """B lists or arrays of ids -> int64 (B, T), filled up at the right to the longest, or `width`."""
     import torch
     ids = torch.full((len(rows), max(width, *map(len, rows))), fill)
     for b, row in enumerate(rows):
@@ -569,13 +574,13 @@ def pad(rows, fill, width=0):
 
 
 def linear_rate(step, steps, peak, warmup):
-    """The learning rate of a step, from 0: up over a share `warmup` of them, then linearly down to 0."""
+    """The learning rate of a step: up over the first share `warmup` of them, then down to 0."""
     rise = round(warmup * steps)
     return peak * ((step + 1) / rise if step < rise else (steps - step) / (steps - rise))
 
 
 def update(optimizer, params, loss, rate, grad_clip, where, advice):
-    """One step of the optimizer, on gradients that are first summed over all processes -> their norm.
+    """One step of the optimizer, on gradients that are first summed over all processes -> the norm.
 
     grad_clip: the largest norm, 0 is off. Raises ValueError, with where and advice, before it would
     use a loss or a gradient that is not finite.
@@ -592,8 +597,8 @@ def update(optimizer, params, loss, rate, grad_clip, where, advice):
         group['lr'] = rate
     norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
     if not math.isfinite(loss + norm):
-        raise ValueError(f'{where}: loss {loss}, gradient norm {norm}. Take a lower --learning_rate '
-                         f'or --dtype=float32; {advice}')
+        raise ValueError(f'{where}: loss {loss}, gradient norm {norm}. Take a lower '
+                         f'--learning_rate or --dtype=float32; {advice}')
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return norm

@@ -4,15 +4,15 @@
   python finetune_glue.py --source=out/mom_demo --task=cola,rte --data_dir=data/glue   from files
   torchrun --nproc_per_node=8 finetune_glue.py --source=gpt2-medium --seeds=3          all tasks
 
-The paper: learning rate 2e-5, 128 tokens; CoLA, STS-B, MRPC and RTE 3 epochs of batches of 32; MNLI,
-QNLI, QQP and SST-2 8,000 steps of 64. The average is over nine figures, MNLI's two among them.
+The paper: learning rate 2e-5, 128 tokens; CoLA, STS-B, MRPC, RTE 3 epochs of batches of 32; MNLI,
+QNLI, QQP, SST-2 8,000 steps of 64. The average is over nine figures, MNLI's two among them.
 
 The paper leaves open, and we took what is usual for BERT and GPT: AdamW (0.9, 0.999) with weight
 decay 0.01, 10% linear warm-up, then linear decay to 0, clipping at 1.0. The weights after the last
-step are scored, on the validation split. A sentence is followed by <|endoftext|>, a pair is sentence
-<|endoftext|> sentence <|endoftext|>; of a pair that is too long, the longer one is cut. One linear
-layer reads the last <|endoftext|>, after the final LayerNorm. STS-B is regression with squared
-error. MoD, and a balance loss, take padding for tokens in training.
+step are scored, on the validation split. Each sentence is followed by <|endoftext|>; of a pair that
+is too long, the longer one is cut. One linear layer reads the last <|endoftext|>, after the final
+LayerNorm. STS-B is regression with squared error. MoD, and a balance loss, take padding for tokens
+in training.
 
 Files: data_dir/rte/train.jsonl, validation.jsonl and, if there is one, test.jsonl (mnli:
 validation_matched, validation_mismatched); also .parquet, .csv, .tsv, the Hub's shards, and GLUE's
@@ -48,7 +48,7 @@ from weights import load_file
 # --- what
 source = 'out/mom_demo'       # a run's folder or checkpoint, a GPT-2 name, a Hugging Face folder
 task = 'all'                  # or cola, sst2, mrpc, qqp, qnli, rte, mnli, stsb: some, 'cola,rte'
-seed = 1337                   # of the fresh head, the order of the examples and the choice of max_train
+seed = 1337                   # of the fresh head, the order of examples, the choice of max_train
 seeds = 1                     # how many seeds: seed, seed + 1, ...
 out_dir = ''                  # '' is out/glue_<name of source>
 save = False                  # keep each fine-tuned model as out_dir/<task>_seed<n>.pt
@@ -78,8 +78,10 @@ Task = namedtuple('Task', 'metric batch_size epochs max_steps splits columns lab
 PAIR = ['sentence1', 'sentence2']
 ENTAILED = ['entailment', 'not_entailment']
 BRIEF, LONG = (32, 3, 0), (64, 0, 8000)  # batch size, epochs or steps
+MATCHED, MISMATCHED = 'validation_matched', 'validation_mismatched'
 TASKS = {  # in the order of Table 5; splits: the server's name of a figure, and the split it is of
-    'sst2': Task('accuracy', *LONG, {'SST-2': 'validation'}, ['sentence'], ['negative', 'positive']),
+    'sst2': Task('accuracy', *LONG, {'SST-2': 'validation'}, ['sentence'],
+                 ['negative', 'positive']),
     'cola': Task('Matthews', *BRIEF, {'CoLA': 'validation'}, ['sentence'],
                  ['unacceptable', 'acceptable']),
     'mrpc': Task('F1', *BRIEF, {'MRPC': 'validation'}, PAIR, ['not_equivalent', 'equivalent']),
@@ -87,7 +89,7 @@ TASKS = {  # in the order of Table 5; splits: the server's name of a figure, and
                 ['not_duplicate', 'duplicate']),
     'qnli': Task('accuracy', *LONG, {'QNLI': 'validation'}, ['question', 'sentence'], ENTAILED),
     'rte': Task('accuracy', *BRIEF, {'RTE': 'validation'}, PAIR, ENTAILED),
-    'mnli': Task('accuracy', *LONG, {'MNLI-m': 'validation_matched', 'MNLI-mm': 'validation_mismatched'},
+    'mnli': Task('accuracy', *LONG, {'MNLI-m': MATCHED, 'MNLI-mm': MISMATCHED},
                  ['premise', 'hypothesis'], ['entailment', 'neutral', 'contradiction']),
     'stsb': Task('correlation', *BRIEF, {'STS-B': 'validation'}, PAIR, [])}  # regression, 0 to 5
 FIGURES = [figure for t in TASKS.values() for figure in t.splits]
@@ -140,7 +142,7 @@ def folders_of(name):
 
 
 def data_of(name):
-    """What stands for a task's data in its results: the Hub's id, or a SHA-256 of its local files."""
+    """What stands for a task's data in its results: the Hub's id, or a SHA-256 of its files."""
     if not data_dir:
         return hub_id
     digest = hashlib.sha256()
@@ -160,8 +162,8 @@ def splits_of(name):
         raise ValueError(f'{data_dir} must hold one folder of {name}, called {name} or as in the '
                          f'archive of GLUE; it holds {", ".join(here) or "nothing"}')
     if not data_dir:
-        table = common.hub_table(hub_id, name, None, instead=(
-            f'a folder that holds {name}/train.jsonl and so on, --data_dir=FOLDER'))
+        instead = f'a folder that holds {name}/train.jsonl and so on, --data_dir=FOLDER'
+        table = common.hub_table(hub_id, name=name, split=None, instead=instead)
     for split in ('train', *validation, *(v.replace('validation', 'test') for v in validation)):
         optional = split.startswith('test')
         if data_dir:
@@ -171,12 +173,13 @@ def splits_of(name):
             where = f'{hub_id}, {name}, {split}'
             found[split] = where, common.hub_rows(table[split], where)
         elif not optional:
-            raise ValueError(f'{hub_id}, {name} has no split {split}, only {", ".join(table)}: take '
-                             'another --hub_id')
+            raise ValueError(f'{hub_id}, {name} has no split {split}, only {", ".join(table)}: '
+                             'take another --hub_id')
     return found
 
 
 def local_rows(name, paths):
+    """The rows of a split in files."""
     columns = None
     if name == 'cola' and paths[0].endswith('.tsv'):
         with open(paths[0], 'rb') as file:
@@ -188,7 +191,7 @@ def local_rows(name, paths):
 
 
 def join_sentences(parts, eot, length):
-    """The ids of one or two sentences -> one list of at most `length`, each sentence followed by eot.
+    """The ids of one or two sentences -> one list of at most `length`, each followed by eot.
 
     What is too long loses its end, of two sentences the longer one first.
     """
@@ -219,20 +222,20 @@ def label_of(name, where, value):
         if value in range(len(labels)) if labels else 0 <= value <= 5:
             return value
     allowed = ', '.join(f'{i} ({label})' for i, label in enumerate(labels))
-    raise ValueError(f'{where}: label is {value!r} and must be {allowed or "a number from 0 to 5"}: '
-                     'repair or delete the row')
+    allowed = allowed or 'a number from 0 to 5'
+    raise ValueError(f'{where}: label is {value!r} and must be {allowed}: repair or delete the row')
 
 
 def encode(name, split, source, rows, tokenizer, length):
     """Rows of a split -> Examples. Raises ValueError naming source, row and fix."""
     t, ids, cut, labels = TASKS[name], [], [], []
     labelled = not split.startswith('test')
-    for where, row in tqdm(rows, f'{name}, {split}', unit='row', disable=not is_main, mininterval=1):
+    for where, row in tqdm(rows, f'{name}, {split}', unit='row', disable=not is_main):
         texts = [cell(name, where, row, column) for column in t.columns]
         for column, text in zip(t.columns, texts):
             if not common.is_text(text):
-                raise ValueError(f'{where}: {column} is {text!r} and must be text: repair or delete '
-                                 'the row')
+                raise ValueError(f'{where}: {column} is {text!r} and must be text: repair or '
+                                 'delete the row')
         if not ''.join(texts).strip():  # one half of a pair may be empty: two of QQP's are
             raise ValueError(f'{where} is empty: give it text or delete it')
         if labelled:
@@ -247,20 +250,13 @@ def encode(name, split, source, rows, tokenizer, length):
     return Examples(ids, cut, torch.tensor(labels, dtype=kind) if labelled else None, source)
 
 
-def draw(examples, n, seed):
-    """n of the examples, drawn at random."""
-    chosen = np.random.default_rng([seed, 0]).permutation(len(examples.ids))[:n].tolist()
-    return examples._replace(ids=[examples.ids[i] for i in chosen], labels=examples.labels[chosen],
-                             cut=[examples.cut[i] for i in chosen])
-
-
 # ----------------------------------------------------------------------------- model, scores
 
 def classify(model, head, rows, pad_id, width=0, bf16=False):
     """Ids of B examples, arrays of any lengths -> fp32 logits (B, outputs), the chunks' Decisions.
 
-    Padded at the right to `width`, or to the longest. Attention is causal and all else is per token,
-    but for MoD in training: padding reaches no real token, and the head reads the last real one.
+    Padded at the right to `width`, or to the longest. Attention is causal and all else is per
+    token, but for MoD in training: padding reaches no real token, and the head reads the last one.
     """
     device = head.weight.device
     idx = common.pad(rows, pad_id, width).to(device)  # (B, T)
@@ -322,8 +318,8 @@ def fine_tune(model, head, ids, labels, steps, size, seed, pad_id, bf16, desc, p
     """Train model and head in place, for `steps` batches of `size` examples; the last batch of an
     epoch is what is left. Returns the mean loss of the last tenth of the steps.
 
-    part: a file that keeps the state after each epoch. What it holds for the settings `want` is gone
-    on with, as if there had been no stop. Raises ValueError when the loss is not finite.
+    part: a file that keeps the state after each epoch. If it is of the settings `want`, training goes
+    on from it, as if there had been no stop. Raises ValueError when the loss is not finite.
     """
     params = [*model.parameters(), *head.parameters()]
     groups = model.param_groups(weight_decay)
@@ -345,7 +341,7 @@ def fine_tune(model, head, ids, labels, steps, size, seed, pad_id, bf16, desc, p
         if at == 0:
             order = epoch_order(len(ids), seed, epoch)
         batch = order[at * size:(at + 1) * size]
-        width = max(len(ids[i]) for i in batch)  # of the whole batch: MoD sees the same on all ranks
+        width = max(len(ids[i]) for i in batch)  # of all ranks: MoD sees the same on each
         piece = min(micro_batch, math.ceil(len(batch) / world))
         pieces = [batch[a:a + piece] for a in range(0, len(batch), piece)]
         loss_sum = torch.zeros((), device=head.weight.device)
@@ -405,24 +401,23 @@ def markdown(results, n_seeds, title, how=''):
             column = [r[kind][figure]['score'] for r in results if figure in r[kind]]
             columns.append(column if len(column) == n_seeds else [])
         columns.append([sum(nine) / 9 for nine in zip(*columns)])  # zip: empty if one is
-        lines.append(f'| {title} | ' + ' | '.join(map(mean_and_deviation, columns)) + ' |')
+        cells = [f'{np.mean(c):.2f}' if c else '–' for c in columns]
+        for n, column in enumerate(columns):
+            if len(column) > 1:
+                cells[n] += f' ± {np.std(column, ddof=1):.2f}'
+        lines.append(f'| {title} | ' + ' | '.join(cells) + ' |')
     if paper_row:
         lines.append(f'| the paper, {paper_row} | ' + ' | '.join(PAPER[paper_row]) + ' |')
     lines += ['', 'Percent: accuracy; Matthews for CoLA; F1 for MRPC and QQP; mean of Pearson and '
               'Spearman for STS-B. The baseline predicts the most frequent label of the training '
               'examples, for STS-B their mean.', '', how, '']
     for r in results:
-        parts = [f'{split}: {s["examples"]:,} from {s["source"]}, '
-                 + common.cut_note(s['truncated'], s['examples']) for split, s in r['splits'].items()]
-        lines.append(f'- {r["task"]}, seed {r["seed"]}: {r["steps"]} steps of '
-                     f'{r["settings"]["batch_size"]}; {"; ".join(parts)}')
+        line = f'- {r["task"]}, seed {r["seed"]}: {r["steps"]} steps of {r["settings"]["batch_size"]}'
+        for split, s in r['splits'].items():
+            line += f'; {split}: {s["examples"]:,} from {s["source"]}, '
+            line += common.cut_note(s['truncated'], s['examples'])
+        lines.append(line)
     return '\n'.join(lines) + '\n'
-
-
-def mean_and_deviation(values):
-    if not values:
-        return '–'
-    return f'{np.mean(values):.2f}' + (f' ± {np.std(values, ddof=1):.2f}' if len(values) > 1 else '')
 
 
 def result_path(folder, want):
@@ -437,13 +432,10 @@ def check_settings():
     names = [name for name in TASKS if name in asked or asked == {'all'}]
     if asked != {'all'} and len(names) < len(asked):
         raise ValueError(f"task={task!r} must be 'all' or some of {','.join(TASKS)}")
-    common.at_least(settings, seeds=1, micro_batch=1, seed=0, max_train=0, max_eval=0, batch_size=0,
-                    epochs=0, max_steps=0, learning_rate=0, weight_decay=0, grad_clip=0)
+    common.check_settings(settings, batch_size=0, max_steps=0)
     if epochs and max_steps:
         raise ValueError(f'epochs={epochs} and max_steps={max_steps} both say how long to train: '
                          'give one of them')
-    if not 0 <= warmup < 1:
-        raise ValueError(f'warmup={warmup} is a share of the steps: 0 <= warmup < 1')
     common.check_row(paper_row, PAPER, 'Table 5')
     return names
 
@@ -453,17 +445,19 @@ def run_task(want, base, tokenizer, data, folder, on):
     name, s, size, began = want['task'], want['seed'], want['batch_size'], time.time()
     t, path = TASKS[name], result_path(folder, want)
     part = path.replace('.json', '.part.pt')
-    common.if_stopped = (f'{folder} keeps what is finished, and of {name}, seed {s} its whole epochs: '
-                         'the same command goes on there')
+    common.if_stopped = (f'{folder} keeps what is finished, and of {name}, seed {s} its whole '
+                         'epochs: the same command goes on there')
+    ids, cut, labels, origin = data['train']
     if max_train:
-        data = {**data, 'train': draw(data['train'], max_train, s)}
-    ids, labels = data['train'].ids, data['train'].labels
+        chosen = np.random.default_rng([s, 0]).permutation(len(ids))[:max_train].tolist()
+        ids, cut, labels = [ids[i] for i in chosen], [cut[i] for i in chosen], labels[chosen]
+        data = {**data, 'train': Examples(ids, cut, labels, origin)}
     steps = want['max_steps'] or want['epochs'] * math.ceil(len(ids) / size)
-    common.say(f'\n{name}, seed {s}: {len(ids):,} examples from {data["train"].source}, '
+    common.say(f'\n{name}, seed {s}: {len(ids):,} examples from {origin}, '
                f'{steps:,} steps of {size}. The first three:')
     for i in epoch_order(len(ids), s, 0)[:3]:
-        label = labels[i].item()
-        common.say(f'  {t.labels[label] if t.labels else label} | {tokenizer.decode(ids[i].tolist())}')
+        label = t.labels[labels[i]] if t.labels else labels[i].item()
+        common.say(f'  {label} | {tokenizer.decode(ids[i].tolist())}')
     for split, examples in data.items():
         common.say(f'  {split}: {common.cut_note(sum(examples.cut), len(examples.ids))}')
 
@@ -485,7 +479,8 @@ def run_task(want, base, tokenizer, data, folder, on):
         figures[figure] = scores(t.metric, predicted, gold)
         baseline[figure] = scores(t.metric, usual.expand(len(gold)), gold)
         shown = ', '.join(f'{part} {value:.2f}' for part, value in figures[figure].items())
-        common.say(f'{figure}: {shown}; always predicting {always}: {baseline[figure]["score"]:.2f}')
+        common.say(f'{figure}: {shown}; always predicting {always}: '
+                   f'{baseline[figure]["score"]:.2f}')
         file = f'{figure}.{split}.tsv'
         if (test := split.replace('validation', 'test')) in data:
             predicted = evaluate(model, head, data[test], **last, desc=f'{name}, seed {s}, {test}')
@@ -507,7 +502,8 @@ def run_task(want, base, tokenizer, data, folder, on):
         with common.atomic_write(path.replace('.json', '.pt')) as file:
             torch.save(dict(result, model=model.state_dict(), head=head.state_dict(),
                             meta=dict(tokenizer=tokenizer.name)), file)
-    common.write_text(path, json.dumps(result, indent=2) + '\n')  # last: where it is, the others are
+    # Last: where this file is, the others are.
+    common.write_text(path, json.dumps(result, indent=2) + '\n')
     if os.path.exists(part):
         os.unlink(part)
 
@@ -521,9 +517,10 @@ def main():
     base, tokenizer = common.model_and_tokenizer(os.path.expanduser(source))
     tokens = min(length, base.cfg.block_size)
     if tokens < 4 or 'length' in given and tokens < length:
-        raise ValueError(f'length={length} must be from 4 to the {base.cfg.block_size} positions of '
-                         f'{source}')
-    folder = common.results_folder(out_dir or os.path.join('out', f'glue_{common.run_name(source)}'))
+        raise ValueError(f'length={length} must be from 4 to the {base.cfg.block_size} positions '
+                         f'of {source}')
+    folder = out_dir or os.path.join('out', f'glue_{common.run_name(source)}')
+    folder = common.results_folder(folder)
 
     # All that decides each result, but for rounding. Results of other settings are in the way if
     # this command is to make them, and are left out of the table if not.
@@ -542,9 +539,9 @@ def main():
         if want['task'] not in names:
             continue
         if other:
-            raise ValueError(f'{path} is a result with {other}={result["settings"].get(other)!r}, but '
-                             f'this command has {want[other]!r}: take another --out_dir, or delete '
-                             'that file')
+            was = result['settings'].get(other)
+            raise ValueError(f'{path} is a result with {other}={was!r}, but this command has '
+                             f'{want[other]!r}: take another --out_dir, or delete that file')
         if result and (not save or os.path.exists(path.replace('.json', '.pt'))):
             common.say(f'{path} is there already')
         else:
@@ -557,13 +554,13 @@ def main():
                 rows = itertools.islice(rows, max_eval)
             data[name][split] = encode(name, split, where, rows, tokenizer, tokens)
     if broken_rows:
-        common.say(f'left out: {len(broken_rows)} rows of {", ".join(sorted({*broken_rows}))} that have '
-                   'more or fewer values than columns')
+        common.say(f'left out: {len(broken_rows)} rows of {", ".join(sorted({*broken_rows}))} '
+                   'that have more or fewer values than columns')
 
     if world > 1:
         on = common.join_processes(on)
-    common.say(f'{source}: chunks {base.cfg.chunks}, {base.num_params()[0]:,} parameters, tokenizer '
-               f'{tokenizer.name!r}; {on} x {world}, {precision}; at most {tokens} tokens')
+    common.say(f'{source}: chunks {base.cfg.chunks}, {base.num_params()[0]:,} parameters, '
+               f'tokenizer {tokenizer.name!r}; {on} x {world}, {precision}; at most {tokens} tokens')
     for want in todo:
         run_task(want, base, tokenizer, data[want['task']], folder, on)
 

@@ -7,8 +7,8 @@
 
 The model reads article, separator, summary, <|endoftext|>. The loss is on the summary and its end
 alone, and an article that is too long loses its tail. After a stop, the same command, without
---overwrite, goes on. out_dir gets results.md and results.json, and of each seed last.pt, log.csv and
-summaries.jsonl.
+--overwrite, goes on. out_dir gets results.md and results.json, and of each seed last.pt, log.csv
+and summaries.jsonl.
 """
 import glob
 import hashlib
@@ -37,7 +37,7 @@ out_dir = ''                  # '' is out/xsum_<name of source>
 overwrite = False             # start anew in an out_dir that holds another run
 # --- data (columns: document, summary and, if there is one, id)
 hub_id = 'EdinburghNLP/xsum'  # on the Hugging Face Hub: 204,045 / 11,332 / 11,334 pairs
-data_dir = ''                 # instead: a folder with train and test, as .jsonl, .parquet, .csv or .tsv
+data_dir = ''                 # instead: a folder of splits, as .jsonl, .parquet, .csv or .tsv
 data_file = ''                # instead: one such file, which this script cuts into the three
 split = '0.8,0.1,0.1'         # shares of data_file: train, validation, test
 split_seed = 1337             # of the draw that cuts data_file
@@ -63,41 +63,40 @@ max_new_tokens = 64           # of a summary, at most
 gen_batch = 32                # sequences generated at a time by a process, beams counted
 # --- report
 show = 10                     # summaries printed at the end, beside their references
-paper_row = ''                # a row of the paper's Table 6 to put beside ours, such as 'MoM_P small'
+paper_row = ''                # a row of the paper's Table 6 beside ours, such as 'MoM_P small'
 # --- system
 device = 'auto'               # where to run; 'auto' is the accelerator if there is one, else 'cpu'
 dtype = 'auto'                # autocast: 'bfloat16', 'float32'; auto: bfloat16 if the GPU has it
 # ---
 settings, given = common.load(globals())
 
-TABLE_6 = {  # ROUGE-1, -2, -L and their mean, of small, medium and large
-    'GPT2': ((20.80, 5.05, 16.92, 14.26), (25.07, 8.35, 21.00, 18.14), (28.16, 9.92, 22.98, 20.35)),
-    'MoD': ((14.45, 2.89, 11.80, 9.71), (20.89, 6.04, 17.52, 14.81), (26.08, 8.38, 21.41, 18.62)),
-    'MoE': ((20.56, 5.26, 16.71, 14.18), (24.58, 8.20, 20.49, 17.75), (28.54, 9.89, 23.47, 20.63)),
-    'MoE (share)': ((20.64, 5.17, 16.64, 14.15), (24.36, 8.19, 20.22, 17.59), (28.47, 9.47, 23.23, 20.39)),
-    'MoM_E': ((20.62, 4.98, 16.91, 14.17), (24.56, 7.04, 19.72, 17.11), (28.48, 9.65, 23.24, 20.46)),
-    'MoM_I': ((20.50, 5.31, 16.90, 14.24), (26.29, 8.21, 21.47, 18.66), (30.91, 10.21, 24.08, 21.73)),
-    'MoM_P': ((21.73, 6.14, 17.72, 15.19), (26.61, 9.05, 22.24, 19.30), (31.38, 10.77, 24.93, 22.36))}
+TABLE_6 = """
+GPT2        20.80  5.05 16.92 14.26  25.07  8.35 21.00 18.14  28.16  9.92 22.98 20.35
+MoD         14.45  2.89 11.80  9.71  20.89  6.04 17.52 14.81  26.08  8.38 21.41 18.62
+MoE         20.56  5.26 16.71 14.18  24.58  8.20 20.49 17.75  28.54  9.89 23.47 20.63
+MoE (share) 20.64  5.17 16.64 14.15  24.36  8.19 20.22 17.59  28.47  9.47 23.23 20.39
+MoM_E       20.62  4.98 16.91 14.17  24.56  7.04 19.72 17.11  28.48  9.65 23.24 20.46
+MoM_I       20.50  5.31 16.90 14.24  26.29  8.21 21.47 18.66  30.91 10.21 24.08 21.73
+MoM_P       21.73  6.14 17.72 15.19  26.61  9.05 22.24 19.30  31.38 10.77 24.93 22.36"""
+paper = {}  # 'MoM_P small': ROUGE-1, -2, -L and their mean
+for line in TABLE_6.strip().splitlines():
+    name, *numbers = line.rsplit(None, 12)
+    for n, size in enumerate(('small', 'medium', 'large')):
+        paper[f'{name.strip()} {size}'] = tuple(map(float, numbers[4 * n:4 * n + 4]))
 
 # ----------------------------------------------------------------------------- settings, checked
 
 rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 is_main = rank == 0
 common.if_stopped = 'Nothing is trained so far: give the same command again'
-common.at_least(settings, length=2, epochs=0, batch_size=1, micro_batch=1, seeds=1, seed=0,
-                split_seed=0, beams=1, max_new_tokens=1, gen_batch=1, max_train=0, max_eval=0, show=0,
-                learning_rate=0, weight_decay=0, grad_clip=0)
+common.check_settings(settings, length=2, split_seed=0, beams=1, max_new_tokens=1, gen_batch=1, show=0)
 if eval_split not in ('test', 'validation'):
     raise ValueError(f'eval_split={eval_split!r} must be one of test, validation')
-if not 0 <= warmup < 1:
-    raise ValueError(f'warmup={warmup} is a share of the steps: 0 <= warmup < 1')
 if data_dir and data_file:
     raise ValueError('data_dir and data_file are both given: take a folder or one file to cut')
 shares = [float(share) for share in split.split(',') if re.fullmatch(r'\s*\d*\.?\d+\s*', share)]
 if len(shares) != 3 or abs(sum(shares) - 1) > 1e-6:
     raise ValueError(f'split={split!r} must be three shares that sum to 1, such as 0.8,0.1,0.1')
-paper = {f'{name} {size}': row for name, rows in TABLE_6.items()
-         for size, row in zip(('small', 'medium', 'large'), rows)}
 common.check_row(paper_row, paper, 'Table 6')
 device = common.find_device(device)
 dtype = common.find_dtype(dtype, device)
@@ -106,8 +105,8 @@ autocast = torch.autocast(device_type, torch.bfloat16) if dtype == 'bfloat16' el
 source, data_dir, data_file = map(os.path.expanduser, (source, data_dir, data_file))
 out_dir = os.path.expanduser(out_dir or os.path.join('out', f'xsum_{common.run_name(source)}'))
 if overwrite and os.path.abspath(source).startswith(os.path.abspath(out_dir) + os.sep):
-    raise ValueError(f'source={source} lies in {out_dir}, which overwrite=True empties: take another '
-                     '--out_dir')
+    raise ValueError(f'source={source} lies in {out_dir}, which overwrite=True empties: take '
+                     'another --out_dir')
 
 model, tokenizer = common.model_and_tokenizer(source)
 start = {name: w.clone() for name, w in model.state_dict().items()}  # what every seed starts from
@@ -115,8 +114,8 @@ sep, end = tokenizer.encode_ordinary(separator), tokenizer.eot_token
 T = min(length, model.cfg.block_size)
 prompt_room = T - len(sep) - max_new_tokens  # tokens of an article, where a summary is generated
 if prompt_room < 1:
-    raise ValueError(f'{T} tokens leave no room for an article beside the separator, {len(sep)}, and '
-                     f'a summary of max_new_tokens={max_new_tokens}: take fewer --max_new_tokens')
+    raise ValueError(f'{T} tokens leave no room for an article beside the separator, {len(sep)}, '
+                     f'and a summary of max_new_tokens={max_new_tokens}: take fewer --max_new_tokens')
 common.results_folder(out_dir)
 # What is printed and saved is what was resolved.
 settings.update(device=device, dtype=dtype, out_dir=out_dir, length=T, source=source,
@@ -124,9 +123,9 @@ settings.update(device=device, dtype=dtype, out_dir=out_dir, length=T, source=so
 
 # ----------------------------------------------------------------------------- data
 
-# One pair: of its text what is shown (lead is the first sentence); the prompt of a generation; the ids
-# of the whole (article, separator, summary, end), of which those from `first` on are the summary; and
-# whether the article lost a part in them, and in the prompt.
+# One pair: of its text what is shown (lead is the first sentence); the prompt of a generation; the
+# ids of the whole (article, separator, summary, end), of which those from `first` on are the summary;
+# and whether the article lost a part in them, and in the prompt.
 Example = namedtuple('Example', 'id document lead reference prompt ids first cut prompt_cut')
 
 
@@ -152,7 +151,7 @@ def rows_of(split):
 
 
 def encode(where, row):
-    """A row, with text in both columns -> an Example, without article if its summary is too long."""
+    """A row with text in both columns -> an Example, without article if its summary is too long."""
     document, reference = row['document'].strip(), row['summary'].strip()
     article = tokenizer.encode_ordinary(document)
     summary = tokenizer.encode_ordinary(' ' + reference) + [end]
@@ -178,9 +177,9 @@ def read(split, most):
                    if not common.is_text(row.get(column)) or not row[column].strip()]
         if lacking and not skip_empty and (data_dir or data_file):
             raise ValueError(
-                f'{where} has no text in {lacking[0]!r}, its columns are {", ".join(map(str, row))}: '
-                'call the article document and its summary summary, repair or delete the row, or leave '
-                'all such rows out with --skip_empty=True')
+                f'{where} has no text in {lacking[0]!r}, its columns are '
+                f'{", ".join(map(str, row))}: call the article document and its summary summary, '
+                'repair or delete the row, or leave all such rows out with --skip_empty=True')
         if lacking:
             empty += 1
             continue
@@ -226,8 +225,9 @@ if not fresh:
     lose = 'take another --out_dir, or lose that run (--overwrite=True)'
     was, other = common.read_result(run_json, facts, lose)
     if other:
-        raise ValueError(f'{out_dir} holds a run with {other}={was["settings"].get(other)!r}, this one '
-                         f'has {facts[other]!r}: {lose}')
+        was = was['settings'].get(other)
+        raise ValueError(f'{out_dir} holds a run with {other}={was!r}, this one has '
+                         f'{facts[other]!r}: {lose}')
 
 # ----------------------------------------------------------------------------- processes
 
@@ -260,7 +260,7 @@ common.say(f'''
 articles: {cut}
 rows left out because they have no text: {empty_train} of train, {empty_eval} of {eval_split}
 
---- one pair as the model sees it: {len(ids)} tokens, with a loss on the {len(ids) - first} after >>>
+--- a pair as the model sees it: {len(ids)} tokens, with a loss on the {len(ids) - first} after >>>
 {tokenizer.decode(ids[:first])}>>>{tokenizer.decode(ids[first:])}
 ---
 ''')
@@ -274,10 +274,9 @@ steps = epochs * steps_per_epoch
 def losses_of(examples):
     """This rank's part of the mean loss per summary token of Examples: one term a micro-batch.
 
-    Each counts by its summary tokens, so the terms of all ranks sum to the mean, however they are cut.
-    Rows are padded on the right with <|endoftext|>, which no token sees. But MoD in training chooses
-    among all positions of a row, the padding too: there every row is as long as the longest of them
-    all, whatever the cut.
+    Each counts by its summary tokens, so the terms of all ranks sum to the mean, however they are
+    cut. Rows are padded on the right with <|endoftext|>, which no token sees. But MoD in training
+    chooses among all positions of a row, the padding too: there all rows are as long as the longest.
     """
     total = sum(len(e.ids) - e.first for e in examples)
     longest = max(len(e.ids) for e in examples)
@@ -312,8 +311,9 @@ def all_sum(number):
 def evaluate():
     """Mean loss in nats per token of the held-out summaries, their ends included."""
     model.eval()
-    terms = tqdm(losses_of(held_out), 'held-out loss', math.ceil(len(held_out) / world / micro_batch),
-                 unit='batch', leave=False, disable=not is_main)
+    batches = math.ceil(len(held_out) / world / micro_batch)
+    terms = tqdm(losses_of(held_out), 'held-out loss', batches, unit='batch', leave=False,
+                 disable=not is_main)
     return all_sum(sum(loss.item() for loss in terms))
 
 
@@ -330,11 +330,11 @@ def train_step(batch, optimizer, seed, step):
 
 
 def fine_tune(seed):
-    """Train for all epochs, from `start` or from this seed's last.pt -> held-out losses: before, after
-    each epoch.
+    """Train for all epochs, from `start` or this seed's last.pt -> held-out losses: before, and
+    after each epoch.
 
-    The pairs of a step are a function of (seed, step) alone. What goes on from last.pt ends like what
-    was never stopped, bit for bit on one CPU process.
+    The pairs of a step are a function of (seed, step) alone. What goes on from last.pt ends like
+    what was never stopped, bit for bit on one CPU process.
     """
     path, done, log, losses = os.path.join(out_dir, f'seed{seed}', 'last.pt'), 0, [], []
     model.load_state_dict(start)
@@ -393,8 +393,8 @@ def generate(prompts):
 def summarise(seed):
     """Summarise all held-out articles -> the rows of summaries.jsonl, in the order of the split.
 
-    In each round every rank generates one batch, and the first rank appends what all of them made to
-    the file. What the file holds already is not made again.
+    In each round every rank generates one batch, and the first rank appends what all of them made
+    to the file. What the file holds already is not made again.
     """
     name, box = f'seed{seed}/summaries.jsonl', [{}]
     path = os.path.join(out_dir, name)
@@ -438,7 +438,7 @@ STEMMING = {'no': False, 'yes': True} if find_spec('nltk') else {'no': False}
 
 
 def rouge(generated, references):
-    """Texts -> by stemming, ROUGE-1, -2, -L and their mean: F-measures in percent, means of texts."""
+    """Texts -> by stemming, ROUGE-1, -2, -L and their mean: F-measures in percent."""
     from torchmetrics.functional.text import rouge_score  # needed only here, and slow to import
     scores, keys = {}, ('rouge1', 'rouge2', 'rougeL')
     for stemming, use_stemmer in STEMMING.items():
@@ -450,8 +450,8 @@ def rouge(generated, references):
 
 runs = []
 for seed in range(seed, seed + seeds):
-    common.if_stopped = (f'{out_dir} keeps the whole epochs and the summaries that are made: the same '
-                         'command goes on there' + ', without --overwrite' * overwrite)
+    common.if_stopped = (f'{out_dir} keeps the whole epochs and the summaries that are made: the '
+                         'same command goes on there' + ', without --overwrite' * overwrite)
     losses, rows = fine_tune(seed), summarise(seed)
     if is_main:
         scores = rouge([row['generated'] for row in rows], [row['reference'] for row in rows])
@@ -475,8 +475,8 @@ if is_main:
         processes=world, steps=steps, train_pairs=len(train), eval_pairs=len(held_out),
         truncated=dict(train=sum(e.cut for e in train), eval=sum(e.prompt_cut for e in held_out)),
         rows_without_text=dict(train=empty_train, eval=empty_eval), data_sha256=digest,
-        torch=str(torch.__version__), metric='F-measure in percent; torchmetrics: lower case, words of '
-        'a-z, 0-9; Porter stemmer of nltk'), indent=2))
+        torch=str(torch.__version__), metric='F-measure in percent; torchmetrics: lower case, '
+        'words of a-z, 0-9; Porter stemmer of nltk'), indent=2))
     cells = [columns, ['---'] * 6]
     for name, stemming, values, stds in table:
         stds = [f' ± {sd:.2f}' for sd in stds] or [''] * 4

@@ -155,9 +155,17 @@ def test_padding():
 
 
 def test_settings_that_are_too_small():
-    for value in (0, -1.0, math.nan):
-        with pytest.raises(ValueError, match='must be at least 1'):
-            common.at_least(dict(rate=value), rate=1)
+    good = dict(seeds=1, micro_batch=1, seed=0, max_train=0, max_eval=0, epochs=0, batch_size=1,
+                learning_rate=0.0, weight_decay=0.0, grad_clip=0.0, warmup=0.1, beams=1)
+    common.check_settings(good, beams=1)
+    for key, values in dict(learning_rate=(-1.0, math.nan), batch_size=(0,), beams=(0, -1)).items():
+        for value in values:
+            with pytest.raises(ValueError, match=f'{key}={value} must be at least '):
+                common.check_settings({**good, key: value}, beams=1)
+    for value in (-0.1, 1.0, math.nan):
+        with pytest.raises(ValueError, match='is a share of the steps'):
+            common.check_settings({**good, 'warmup': value})
+    common.check_settings({**good, 'batch_size': 0}, batch_size=0)
 
 
 def test_no_step_on_what_is_not_finite():
