@@ -20,8 +20,10 @@ import math
 import os
 import re
 import shlex
+import signal
 import sys
 import traceback
+import types
 from contextlib import contextmanager
 from dataclasses import asdict
 
@@ -30,6 +32,10 @@ EOT = '<|endoftext|>'
 
 
 # ----------------------------------------------------------------------------- settings
+
+defaults = {}  # of the settings that load() resolved
+if_stopped = 'Nothing is kept.'  # what Ctrl-C ends a script with: what is kept, and how to go on
+
 
 def load(scope, argv=None, model=None, without=()):
     """Override a script's settings from config files and `--key=value` arguments.
@@ -40,17 +46,27 @@ def load(scope, argv=None, model=None, without=()):
     where scope has a setting of that name, scope's default counts.
     Returns (settings, given): the resolved settings as a dict, and the set of keys that the files
     or the arguments set. scope then holds the resolved values of its own settings, not the model's.
-    Where a script has a setting `mode`, it may stand alone: `bench.py runs`.
+    Where a script has a setting `mode`, it may stand alone: `bench.py runs`. A value that begins with
+    `~/` is a path in the user's home, a prompt excepted.
     Raises ValueError for an unknown key, a value of the wrong type or a missing file; prints all
-    keys with their comments and exits on `--help`.
+    keys with their comments and exits on `--help`. From here on an error of the user's is one sentence,
+    and Ctrl-C, SIGTERM and SIGHUP end the script with `if_stopped` and the status 130.
     """
     sys.excepthook = _sentence_instead_of_traceback
     argv = sys.argv[1:] if argv is None else [*argv]
+    if scope.get('__name__') == '__main__':
+        for stop in ('SIGTERM', 'SIGHUP'):  # Windows has no SIGHUP; nohup ignores it
+            if hasattr(signal, stop) and signal.getsignal(getattr(signal, stop)) == signal.SIG_DFL:
+                signal.signal(getattr(signal, stop), signal.default_int_handler)
+        if hasattr(sys.stdout, 'reconfigure'):  # what a terminal cannot show is spelt, as \\u2014
+            sys.stdout.reconfigure(errors='backslashreplace')
     own = {k: v for k, v in scope.items()
            if not k.startswith('_') and isinstance(v, (bool, int, float, str, list))}
     fields = asdict(model()) if model else {}
     fields = {k: v for k, v in fields.items() if k not in own and k not in without}
     settings = own | fields
+    defaults.clear()
+    defaults.update(settings)
     if '--help' in argv or '-h' in argv:
         print(_help(scope, own, model, fields))
         sys.exit(0)
@@ -67,33 +83,43 @@ def load(scope, argv=None, model=None, without=()):
         elif 'mode' in settings:
             values = {'mode': arg}
         else:
-            raise ValueError(f'{arg!r} is neither a config file (config/NAME.py) nor a --key=value setting')
+            raise ValueError(f'{arg!r} is neither a config file (config/NAME.py) nor a --key=value '
+                             'setting')
         for key, value in values.items():
             _check_known(key, settings, arg)
-            settings[key] = _typed(key, value, settings[key], arg)
+            value = _typed(key, value, settings[key], arg)
+            if isinstance(value, str) and value.startswith('~') and key != 'prompt':
+                value = os.path.expanduser(value)
+            settings[key] = value
             given.add(key)
     scope.update((k, settings[k]) for k in own)
     return settings, given
 
 
 def read_file(path):
-    """The assignments of a config file as a dict; names starting with `_` are the file's own."""
-    if not os.path.isfile(path):
+    """The assignments of a config file as a dict; names starting with `_` are the file's own.
+
+    A relative path may start at the current folder or at that of the scripts.
+    """
+    found = path if os.path.isfile(path) else os.path.join(ROOT, path)
+    if not os.path.isfile(found):
         have = sorted(f for f in os.listdir(os.path.join(ROOT, 'config')) if f.endswith('.py'))
         near = difflib.get_close_matches(os.path.basename(path), have, 1)
-        raise ValueError(f'no config file {path}' + (f'; did you mean config/{near[0]}?' if near else
-                                                     f'; config/ holds {", ".join(have)}'))
+        raise ValueError(f'no config file {path}'
+                         + (f'; did you mean config/{near[0]}?' if near else
+                            f'; config/ holds {", ".join(have)}'))
     values = {}
-    with open(path, encoding='utf-8') as f:
-        exec(compile(f.read(), path, 'exec'), values)
-    return {k: v for k, v in values.items() if not k.startswith('_')}
+    exec(compile(read_text(found), found, 'exec'), values)
+    return {k: v for k, v in values.items()
+            if not (k.startswith('_') or callable(v) or isinstance(v, types.ModuleType))}
 
 
 def _check_known(key, settings, where):
     if key not in settings:
         near = difflib.get_close_matches(key, settings, 1, cutoff=0.5)
         raise ValueError(f'{where}: unknown setting {key!r}'
-                         + (f'; did you mean {near[0]!r}?' if near else '') + ' (--help lists all of them)')
+                         + (f'; did you mean {near[0]!r}?' if near else '')
+                         + ' (--help lists all of them)')
 
 
 def _parse(key, text, default):
@@ -138,24 +164,23 @@ def _help(scope, own, model, fields):
     return '\n'.join(lines)
 
 
-if_stopped = ''  # the sentence that Ctrl-C ends the script with: what is kept, how to go on
-
-
 def _sentence_instead_of_traceback(kind, error, trace):
     """A ValueError that our own code raised is a user's mistake: its sentence alone says the fix.
     Everything else, torch's ValueErrors included, keeps its traceback."""
-    if kind is KeyboardInterrupt and if_stopped:
+    script = os.path.basename(sys.argv[0])
+    if kind is KeyboardInterrupt:
         if os.environ.get('RANK', '0') == '0':
-            print(f'\n{os.path.basename(sys.argv[0])}: stopped. {if_stopped}', file=sys.stderr)
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(130)
+            print(f'{script}: stopped. {if_stopped}', file=sys.stderr, flush=True)
+        if 'RANK' in os.environ:
+            os._exit(130)  # see leave_processes
+        sys.exit(130)
     raised_in = traceback.extract_tb(trace)[-1].filename if trace else ''
     if kind in (FileExistsError, NotADirectoryError):  # from makedirs
         kind, raised_in = ValueError, __file__
         error = f'{error.filename} is a file, where a folder has to be: name another'
-    if kind is ValueError and os.path.dirname(os.path.abspath(raised_in)) in (ROOT, os.path.join(ROOT, 'config')):
-        print(f'{os.path.basename(sys.argv[0])}: error: {error}', file=sys.stderr)
+    folder = os.path.dirname(os.path.abspath(raised_in))
+    if kind is ValueError and folder in (ROOT, os.path.join(ROOT, 'config')):
+        print(f'{script}: error: {error}', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 
@@ -251,8 +276,11 @@ def seal(facts):
 
 def sha256(path):
     """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
     with open(path, 'rb') as f:
-        return hashlib.file_digest(f, 'sha256').hexdigest()
+        while piece := f.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
 def results_folder(path):
@@ -267,9 +295,11 @@ def results_folder(path):
         with open(probe, 'wb') as f:
             f.write(b'.')
         os.unlink(probe)
+    except (FileExistsError, NotADirectoryError):  # the sentence of all scripts says it
+        raise
     except OSError as error:
-        raise ValueError(f'{path} cannot take results ({error.strerror}): name another folder with --out_dir=FOLDER'
-                         ) from error
+        raise ValueError(f'{path} cannot take results ({error.strerror}): name another folder with '
+                         '--out_dir=FOLDER') from error
     return path
 
 
@@ -282,19 +312,97 @@ def lock_folder(path):
         import fcntl
     except ImportError:  # Windows has no such locks
         return
+    where = os.path.realpath(path)
+    if where in _locks:
+        return
     file = open(os.path.join(path, '.lock'), 'w')
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         file.close()
-        raise ValueError(f'another run is at work in {path}: let it finish, stop it, or take another --out_dir'
-                         ) from None
-    _locks[path] = file
+        raise ValueError(f'another run is at work in {path}: let it finish, stop it, or take another '
+                         '--out_dir') from None
+    except OSError:  # a file system without locks
+        file.close()
+        return
+    _locks[where] = file
+
+
+def read_data(folder, weights):
+    """meta.json of a folder of prepare.py, with train.bin and val.bin checked against it -> a dict.
+
+    weights: what will be trained, for the advice. Raises ValueError with the command that makes the data.
+    """
+    path = os.path.join(folder, 'meta.json')
+    bins = {split: os.path.join(folder, f'{split}.bin') for split in ('train', 'val')}
+    if not os.path.isfile(path):
+        if not any(map(os.path.exists, bins.values())):
+            raise ValueError(f'no data in {folder} (no meta.json): make it with '
+                             + prepare_command(folder, weights))
+        other = folder.rstrip('/') + '_prepared'
+        raise ValueError(f'{folder} holds .bin files of another program (no meta.json), which stay as they '
+                         f'are. For data of prepare.py take --data_dir={shlex.quote(other)}, and make it '
+                         f'with {prepare_command(folder, weights, other)}')
+    again = 'make it again with ' + prepare_command(folder, weights)
+    try:
+        with open(path, encoding='utf-8') as f:
+            meta = json.load(f)
+        if meta.pop('seal', None) != seal(meta):
+            raise ValueError('it was changed')
+    except (ValueError, AttributeError, TypeError) as error:  # not JSON, not UTF-8, no object
+        raise ValueError(f'{path} is not one of prepare.py ({type(error).__name__}: {error}): {again}'
+                         ) from error
+    for split, path in bins.items():
+        if not os.path.isfile(path):
+            raise ValueError(f'{path} is missing: {again}')
+        want, have = 2 * meta[f'{split}_tokens'], os.path.getsize(path)
+        if have != want:
+            raise ValueError(f'{path} has {have:,} bytes, but meta.json says {want:,}: it is truncated or '
+                             f'another file; {again}')
+        if int(os.environ.get('LOCAL_RANK', 0)) == 0:  # one process of a machine reads all: seconds
+            check_ids(path, meta['vocab_size'], meta[f'{split}_sha256'], again)
+    return meta
+
+
+def check_ids(path, vocab_size, wanted, again):
+    """Raises ValueError if a .bin file holds an id that is not below vocab_size, or has another SHA-256."""
+    import numpy as np
+    digest = hashlib.sha256()
+    with open(path, 'rb') as f:
+        while piece := f.read(1 << 25):
+            digest.update(piece)
+            largest = np.frombuffer(piece, '<u2').max()
+            if largest >= vocab_size:
+                raise ValueError(f'{path} holds token id {largest}, but vocab_size is {vocab_size}: {again}')
+    if digest.hexdigest() != wanted:
+        raise ValueError(f'{path} is not the file that prepare.py wrote (its SHA-256 is not that of '
+                         f'meta.json): {again}')
+
+
+def prepare_command(folder, weights, out_dir=''):
+    """The command that makes the data that `folder` should hold, in out_dir or else there.
+
+    Its dataset and tokenizer are those of its name, as prepare.py gives it; of another folder, the
+    tokenizer is that of the weights.
+    """
+    named = re.fullmatch('(sotu|openwebtext)_(gpt2|bytes)', os.path.basename(os.path.abspath(folder)))
+    dataset, tokenizer = named.groups() if named else ('FILE.txt', 'gpt2')
+    if not named and os.path.exists(weights) and not os.path.exists(os.path.join(weights, 'config.json')):
+        from weights import load_checkpoint
+        tokenizer = (load_checkpoint(weights).get('meta') or {}).get('tokenizer', 'gpt2')
+    words = command('python', 'prepare.py', f'--dataset={dataset}', f'--tokenizer={tokenizer}',
+                    f'--out_dir={out_dir or folder}')
+    return words if named else words + ' (FILE.txt: your text)'
 
 
 def command(*words):
-    """Words as a command line that a shell takes as it is."""
-    return shlex.join(map(str, words))
+    """Words as a command line that a shell takes as it is. Our scripts are found from any folder."""
+    words = [str(word) for word in words]
+    for i, word in enumerate(words):
+        script = os.path.join(ROOT, word)
+        if word.endswith('.py') and os.path.isfile(script) and not os.path.isfile(word):
+            words[i] = script
+    return shlex.join(words)
 
 
 def read_text(path):
@@ -328,34 +436,143 @@ def run_name(source):
     above, name = os.path.split(os.path.abspath(os.path.dirname(source) if source.endswith('.pt') else source))
     return f'{os.path.basename(above)}_{name}' if re.fullmatch(r'seed\d+', name) else name
 
+
 # ----------------------------------------------------------------------------- devices, processes
 
 def find_device(device):
-    """'auto', 'cpu', 'cuda' or 'cuda:1' -> where to run; auto is the GPU if there is one. ValueError for others."""
+    """'auto', or a kind of device, or one of them such as 'cuda:1' -> where to run.
+
+    The kinds are 'cpu', 'cuda' (NVIDIA's cards, and AMD's by ROCm), 'mps' (Apple's) and 'xpu' (Intel's);
+    auto is what this machine has beside its CPU. Raises ValueError for others.
+    """
     import torch
-    if device not in ('auto', 'cpu') and not device.startswith('cuda'):
-        raise ValueError(f"device={device!r} must be 'auto', 'cpu' or 'cuda'")
-    there = torch.cuda.is_available()
-    if device.startswith('cuda') and not there:
-        raise ValueError(f'device={device}, but torch sees no GPU: take --device=cpu')
-    return ('cuda' if there else 'cpu') if device == 'auto' else device
+    there = torch.accelerator.current_accelerator(check_available=True)
+    there = there.type if there else 'cpu'
+    if device == 'auto':
+        return there
+    if not re.fullmatch(r'cpu|(cuda|mps|xpu)(:\d+)?', device):
+        raise ValueError(f"device={device!r} must be 'auto', 'cpu', 'cuda', 'mps' or 'xpu'")
+    kind, _, number = device.partition(':')
+    if kind not in ('cpu', there) or int(number or 0) >= max(1, torch.accelerator.device_count()):
+        raise ValueError(f'device={device}, but torch sees no such GPU: take --device={there}')
+    return device
+
+
+def find_dtype(dtype, device, else_='float32'):
+    """'auto', 'bfloat16', 'float16' or 'float32' -> the type of autocast on a device.
+
+    auto is bfloat16 on GPUs that have it, `else_` on CUDA cards that emulate it (V100, T4), and
+    float32 on others. Raises ValueError for other types.
+    """
+    import torch
+    if dtype not in ('auto', 'bfloat16', 'float16', 'float32'):
+        raise ValueError(f"dtype={dtype!r} must be 'auto', 'bfloat16', 'float16' or 'float32'")
+    if dtype != 'auto':
+        return dtype
+    if device.startswith('cuda'):
+        return 'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else else_
+    return 'bfloat16' if device.startswith('xpu') else 'float32'
+
+
+# Dense 16-bit FLOP/s with sums in fp32, in 10^12: bf16, and fp16 of V100 and T4.
+PEAKS = {
+    'A10': 125, 'A100': 312, 'A40': 149.7,            # NVIDIA's data sheets of these cards
+    'A10G': 70, 'L4': 121, 'L40S': 362,               # the same; L4, L40S: half of that with sparsity
+    'H100': 989, 'H100 PCIe': 756, 'H100 NVL': 835,   # H100 data sheet, half of that with sparsity
+    'H200': 989, 'H200 NVL': 835, 'GH200': 990,       # H200 and GH200 data sheets, likewise
+    'B200': 2250, 'GB200': 2500,                      # HGX B200 and GB200 NVL72 data sheets, likewise
+    'RTX 3090': 71,                                   # GA102 white paper, appendix A
+    'RTX 4090': 165.2,                                # Ada white paper, appendix A
+    'RTX 5090': 209.5,                                # RTX Blackwell white paper, appendix A
+    'V100': 125, 'V100-PCIE': 112, 'T4': 65}          # V100 and T4 data sheets
+
+
+def peak_flops(device):
+    """FLOP/s of a card in 16 bits by its data sheet; None for a CPU or a card that is not listed."""
+    import torch
+    if not device.startswith('cuda'):
+        return None
+    card = torch.cuda.get_device_name(device)
+    if 'Laptop' in card or card.endswith(' D'):  # other chips of the same name
+        return None
+    names = [name for name in PEAKS if re.search(rf'\b{name}\b', card)]
+    return PEAKS[max(names, key=len)] * 1e12 if names else None
+
+
+def peak_memory(device):
+    """The most memory in bytes that this process has held on a device, or None where nobody counts."""
+    import torch
+    if device.startswith(('cuda', 'xpu')):
+        return torch.accelerator.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return None if device != 'cpu' else most if sys.platform == 'darwin' else 1024 * most
+
+
+def to_device(tensor, device):
+    """A tensor of the CPU on `device`. CUDA copies from pinned memory, and does not wait for it."""
+    if device.startswith('cuda'):
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
 
 
 def join_processes(device):
-    """Join torchrun's other processes, by NCCL on GPUs and gloo on the CPU -> this one's device, such as 'cuda:3'."""
+    """Join torchrun's other processes -> this one's device, such as 'cuda:3'.
+
+    They talk by NCCL on CUDA, XCCL on XPU and gloo on the CPU. Raises ValueError for a kind of device of
+    which a machine has one.
+    """
     import torch
     import torch.distributed as dist
-    if device != 'cpu':
-        device = f'cuda:{os.environ["LOCAL_RANK"]}'
-        torch.cuda.set_device(device)
+    kind = device.partition(':')[0]
+    backend = {'cpu': 'gloo', 'cuda': 'nccl', 'xpu': 'xccl'}.get(kind)
+    if not backend:
+        raise ValueError(f'several processes cannot share device={kind}: start one, or take --device=cpu')
+    if kind != 'cpu':
+        device = f'{kind}:{os.environ["LOCAL_RANK"]}'
+        torch.accelerator.set_device_index(int(os.environ['LOCAL_RANK']))
     store, rank, world = next(dist.rendezvous('env://'))
     if os.environ.get('GROUP_WORLD_SIZE') == '1':  # torchrun on one machine
-        # Its store outlives the processes: without keys of their own, those that it starts again may find the addresses
-        # of the dead (github.com/pytorch/pytorch/issues/135712). On several machines the counts of restarts can differ.
+        # Its store outlives the processes: without keys of their own, those that it starts again may find
+        # the addresses of the dead (github.com/pytorch/pytorch/issues/135712). On several machines the
+        # counts of restarts can differ.
         store = dist.PrefixStore(os.environ['TORCHELASTIC_RESTART_COUNT'], store)
-    dist.init_process_group('gloo' if device == 'cpu' else 'nccl', store=store, rank=rank, world_size=world,
-                            device_id=None if device == 'cpu' else torch.device(device))
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world,
+                            device_id=None if kind == 'cpu' else torch.device(device))
     return device
+
+
+def all_sum(device, *numbers):
+    """Numbers summed over all processes, as floats."""
+    import torch
+    import torch.distributed as dist
+    if not dist.is_initialized():
+        return [float(number) for number in numbers]
+    fp64 = device.startswith(('cpu', 'cuda'))  # some of Intel's GPUs have none
+    total = torch.tensor(numbers, dtype=torch.float64 if fp64 else torch.float32, device=device)
+    dist.all_reduce(total)
+    return total.tolist()
+
+
+def agree(**facts):
+    """Raises ValueError, in all processes, if one of them has other facts than the first."""
+    import socket
+
+    import torch.distributed as dist
+    if not dist.is_initialized():
+        return
+    everyone = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, (socket.gethostname(), facts))
+    (first_host, first), *others = everyone
+    for rank, (host, other) in enumerate(others, 1):
+        for name in first:
+            if other[name] != first[name]:
+                raise ValueError(
+                    f'process {rank} on {host} has another {name} than process 0 on {first_host}: give '
+                    'all machines the same command, and the same files (a disk that they share)')
 
 
 def leave_processes():
@@ -501,6 +718,8 @@ def check_settings(settings, **least):
     for key, value in least.items():
         if not settings[key] >= value:  # so that nan is refused too
             raise ValueError(f'{key}={settings[key]} must be at least {value}')
+    if settings['dtype'] not in ('auto', 'bfloat16', 'float32'):  # fp16 wants losses that are scaled
+        raise ValueError(f"dtype={settings['dtype']!r} must be one of 'auto', 'bfloat16', 'float32'")
     if not 0 <= settings['warmup'] < 1:
         raise ValueError(f'warmup={settings["warmup"]} is a share of the steps: 0 <= warmup < 1')
 
@@ -511,17 +730,6 @@ def check_row(name, rows, table):
         near, = difflib.get_close_matches(name, rows, 1, cutoff=0)
         raise ValueError(f'paper_row={name!r} is no row of {table}; did you mean {near!r}? '
                          f'There are {", ".join(rows)}')
-
-
-def find_dtype(dtype, device):
-    """'auto', 'bfloat16' or 'float32' -> one of the last two: what autocast computes in."""
-    if dtype not in ('auto', 'bfloat16', 'float32'):
-        raise ValueError(f"dtype={dtype!r} must be one of 'auto', 'bfloat16', 'float32'")
-    if dtype != 'auto':
-        return dtype
-    import torch
-    native = device.startswith('cuda') and torch.cuda.is_bf16_supported(including_emulation=False)
-    return 'bfloat16' if native else 'float32'
 
 
 def model_and_tokenizer(source):

@@ -509,12 +509,10 @@ def run_task(want, base, tokenizer, data, folder, on):
 
 
 def main():
-    global data_dir
     common.if_stopped = 'Nothing is trained so far: give the same command again'
     names, on = check_settings(), common.find_device(device)
     precision = common.find_dtype(dtype, on)
-    data_dir = os.path.expanduser(data_dir)
-    base, tokenizer = common.model_and_tokenizer(os.path.expanduser(source))
+    base, tokenizer = common.model_and_tokenizer(source)
     tokens = min(length, base.cfg.block_size)
     if tokens < 4 or 'length' in given and tokens < length:
         raise ValueError(f'length={length} must be from 4 to the {base.cfg.block_size} positions '

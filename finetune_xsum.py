@@ -89,7 +89,8 @@ for line in TABLE_6.strip().splitlines():
 rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 is_main = rank == 0
 common.if_stopped = 'Nothing is trained so far: give the same command again'
-common.check_settings(settings, length=2, split_seed=0, beams=1, max_new_tokens=1, gen_batch=1, show=0)
+common.check_settings(settings, length=2, split_seed=0, beams=1, max_new_tokens=1, gen_batch=1,
+                      show=0)
 if eval_split not in ('test', 'validation'):
     raise ValueError(f'eval_split={eval_split!r} must be one of test, validation')
 if data_dir and data_file:
@@ -102,8 +103,7 @@ device = common.find_device(device)
 dtype = common.find_dtype(dtype, device)
 device_type = torch.device(device).type
 autocast = torch.autocast(device_type, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
-source, data_dir, data_file = map(os.path.expanduser, (source, data_dir, data_file))
-out_dir = os.path.expanduser(out_dir or os.path.join('out', f'xsum_{common.run_name(source)}'))
+out_dir = out_dir or os.path.join('out', f'xsum_{common.run_name(source)}')
 if overwrite and os.path.abspath(source).startswith(os.path.abspath(out_dir) + os.sep):
     raise ValueError(f'source={source} lies in {out_dir}, which overwrite=True empties: take '
                      'another --out_dir')
@@ -118,8 +118,7 @@ if prompt_room < 1:
                      f'and a summary of max_new_tokens={max_new_tokens}: take fewer --max_new_tokens')
 common.results_folder(out_dir)
 # What is printed and saved is what was resolved.
-settings.update(device=device, dtype=dtype, out_dir=out_dir, length=T, source=source,
-                data_dir=data_dir, data_file=data_file)
+settings.update(device=device, dtype=dtype, out_dir=out_dir, length=T)
 
 # ----------------------------------------------------------------------------- data
 
@@ -299,14 +298,6 @@ def losses_of(examples):
         yield loss * (counted.numel() / total) + aux * (len(rows) / len(examples))
 
 
-def all_sum(number):
-    """A float summed over all ranks; as an object, since not every device has fp64."""
-    parts = [number] * world
-    if world > 1:
-        dist.all_gather_object(parts, number)
-    return sum(parts)
-
-
 @torch.no_grad()
 def evaluate():
     """Mean loss in nats per token of the held-out summaries, their ends included."""
@@ -314,7 +305,7 @@ def evaluate():
     batches = math.ceil(len(held_out) / world / micro_batch)
     terms = tqdm(losses_of(held_out), 'held-out loss', batches, unit='batch', leave=False,
                  disable=not is_main)
-    return all_sum(sum(loss.item() for loss in terms))
+    return common.all_sum(device, sum(loss.item() for loss in terms))[0]
 
 
 def train_step(batch, optimizer, seed, step):
@@ -323,7 +314,8 @@ def train_step(batch, optimizer, seed, step):
     for loss in losses_of(batch):
         loss.backward()
         loss_sum += loss.item()
-    loss_sum, rate = all_sum(loss_sum), common.linear_rate(step, steps, learning_rate, warmup)
+    loss_sum, = common.all_sum(device, loss_sum)
+    rate = common.linear_rate(step, steps, learning_rate, warmup)
     norm = common.update(optimizer, model.parameters(), loss_sum, rate, grad_clip,
                          f'seed {seed}, step {step + 1}', 'begin again with --overwrite=True')
     return loss_sum, rate, norm

@@ -80,8 +80,11 @@ class Training:
                 try:
                     runpy.run_path(script, run_name='__main__')
                 except BaseException:  # as the interpreter does: print it by the hook, leave with 1
-                    sys.excepthook(*sys.exc_info())
                     status = 1
+                    try:
+                        sys.excepthook(*sys.exc_info())
+                    except SystemExit as end:
+                        status = end.code
                 sys.stdout.flush()
                 sys.stderr.flush()
                 os._exit(status)

@@ -107,7 +107,7 @@ def test_killed_between_its_two_files(whole, tmp_path):
     for _ in range(2):
         train(tmp_path / 'run', *RESUME)
         assert kill.differences(whole, tmp_path / 'run') == []
-        assert sorted(os.listdir(tmp_path / 'run')) == ['best.pt', 'last.pt', 'log.csv']
+        assert sorted(os.listdir(tmp_path / 'run')) == ['.lock', 'best.pt', 'last.pt', 'log.csv', 'settings.json']
 
 
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(whole, phase_two, tmp_path):

@@ -716,8 +716,8 @@ def test_ctrl_c_keeps_whole_epochs_and_says_so(data, sources, tmp_path):
     process.send_signal(signal.SIGINT)
     stderr = process.communicate()[1]
     assert process.returncode == 130, stderr
-    assert 'Traceback' not in stderr and stderr.splitlines()[-1] == (
-        f'finetune_glue.py: stopped. {out} keeps what is finished, and of cola, seed 1337 its whole '
+    assert 'Traceback' not in stderr and stderr.splitlines()[-1].endswith(
+        f'{out} keeps what is finished, and of cola, seed 1337 its whole '
         'epochs: the same command goes on there')
     done = len(load_file(part)['losses'])
     assert done in range(3, 120, 3) and not (out / 'cola_seed1337.json').exists()
@@ -742,7 +742,7 @@ def test_what_is_kept_of_other_settings_is_not_gone_on_with(data, sources, tmp_p
 
 def test_a_place_that_takes_no_results_is_found_before_training(data, sources, tmp_path):
     (tmp_path / 'file').touch()
-    with pytest.raises(ValueError, match='file/out cannot take results .*: name another folder'):
+    with pytest.raises(NotADirectoryError):  # of which common.py makes a sentence
         run(f'--source={sources["vanilla"]}', '--task=rte', f'--data_dir={data}/nowhere',
             f'--out_dir={tmp_path}/file/out')
 

@@ -156,7 +156,7 @@ def test_padding():
 
 def test_settings_that_are_too_small():
     good = dict(seeds=1, micro_batch=1, seed=0, max_train=0, max_eval=0, epochs=0, batch_size=1,
-                learning_rate=0.0, weight_decay=0.0, grad_clip=0.0, warmup=0.1, beams=1)
+                learning_rate=0.0, weight_decay=0.0, grad_clip=0.0, warmup=0.1, beams=1, dtype='auto')
     common.check_settings(good, beams=1)
     for key, values in dict(learning_rate=(-1.0, math.nan), batch_size=(0,), beams=(0, -1)).items():
         for value in values:
@@ -165,6 +165,8 @@ def test_settings_that_are_too_small():
     for value in (-0.1, 1.0, math.nan):
         with pytest.raises(ValueError, match='is a share of the steps'):
             common.check_settings({**good, 'warmup': value})
+    with pytest.raises(ValueError, match="dtype='float16' must be one of 'auto', 'bfloat16', 'fl"):
+        common.check_settings({**good, 'dtype': 'float16'})
     common.check_settings({**good, 'batch_size': 0}, batch_size=0)
 
 
@@ -180,13 +182,3 @@ def test_no_step_on_what_is_not_finite():
     norm = common.update(optimizer, [p], 1.0, 0.5, 0, 'here', 'then')  # 0: no clipping
     assert norm == pytest.approx(math.sqrt(18)) and p.tolist() == [-0.5, -0.5]
     assert p.grad is None
-
-
-def test_bfloat16_where_the_gpu_has_it(monkeypatch):
-    for native in (False, True):
-        monkeypatch.setattr(torch.cuda, 'is_bf16_supported', lambda including_emulation: native)
-        assert common.find_dtype('auto', 'cuda:1') == ('bfloat16' if native else 'float32')
-    assert common.find_dtype('auto', 'cpu') == common.find_dtype('auto', 'mps') == 'float32'
-    assert common.find_dtype('bfloat16', 'cpu') == 'bfloat16'
-    with pytest.raises(ValueError, match="dtype='float16' must be one of 'auto', 'bfloat16', 'float32'"):
-        common.find_dtype('float16', 'cpu')
