@@ -267,25 +267,25 @@ def classify(model, head, rows, pad_id, width=0, bf16=False):
     return head(x.to(head.weight.dtype)), decisions
 
 
+METRICS = {
+    'accuracy': partial(metrics.accuracy, task='multiclass', num_classes=3),  # or fewer
+    'F1': partial(metrics.f1_score, task='binary'),
+    'Matthews': partial(metrics.matthews_corrcoef, task='binary'),
+    'Pearson': metrics.pearson_corrcoef, 'Spearman': metrics.spearman_corrcoef}
+TOGETHER = {'accuracy': ['accuracy'], 'F1': ['accuracy', 'F1'], 'Matthews': ['accuracy', 'Matthews'],
+            'correlation': ['Pearson', 'Spearman']}
+
+
 def scores(metric, predicted, labels):
     """Predictions (n,), labels (n,) -> the task's figure ('score') and its companions, in percent.
 
-    A constant correlates with nothing: Matthews, Pearson and Spearman are undefined for it, and are
-    0 here.
+    A constant correlates with nothing: what is undefined for it is 0 here.
     """
     constant = bool((predicted == predicted[0]).all() or (labels == labels[0]).all())
-    if metric == 'correlation':
-        of = {'Pearson': metrics.pearson_corrcoef, 'Spearman': metrics.spearman_corrcoef}
-    else:
-        of = {'accuracy': partial(metrics.accuracy, task='multiclass', num_classes=3)}  # or fewer
-    if metric == 'F1':
-        of['F1'] = partial(metrics.f1_score, task='binary')
-    if metric == 'Matthews':
-        of['Matthews'] = partial(metrics.matthews_corrcoef, task='binary')
     parts = {}
-    for name, metric_of in of.items():
+    for name in TOGETHER[metric]:
         undefined = constant and name in ('Matthews', 'Pearson', 'Spearman')
-        parts[name] = 0.0 if undefined else round(100 * metric_of(predicted, labels).item(), 4)
+        parts[name] = 0.0 if undefined else round(100 * METRICS[name](predicted, labels).item(), 4)
     return {'score': parts[metric] if metric in parts else sum(parts.values()) / 2, **parts}
 
 

@@ -317,7 +317,7 @@ def train_step(batch, optimizer, seed, step):
     loss_sum, = common.all_sum(device, loss_sum)
     rate = common.linear_rate(step, steps, learning_rate, warmup)
     norm = common.update(optimizer, model.parameters(), loss_sum, rate, grad_clip,
-                         f'seed {seed}, step {step + 1}', 'begin again with --overwrite=True')
+                         f'seed {seed}, step {step + 1}', 'begin again in another --out_dir')
     return loss_sum, rate, norm
 
 
