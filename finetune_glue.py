@@ -334,6 +334,7 @@ def fine_tune(model, head, ids, labels, steps, size, seed, pad_id, bf16, desc, p
             losses = saved['losses']
             for key, holder in state.items():
                 holder.load_state_dict(saved[key])
+    common.agree(step=len(losses))
     model.train()
     bar = tqdm(total=steps, initial=len(losses), desc=desc, disable=not is_main, mininterval=1)
     for step in range(len(losses), steps):

@@ -338,7 +338,8 @@ def fine_tune(seed):
         model.load_state_dict(saved['model'])
         if done < epochs:
             optimizer.load_state_dict(saved['optimizer'])
-    else:
+    common.agree(epoch=done)
+    if not losses:
         losses.append(evaluate())
         common.say(f'seed {seed} | before | held-out loss {losses[0]:.4f}')
     bar = tqdm(total=steps, initial=len(log), desc=f'seed {seed}: training', unit='step',
