@@ -1,37 +1,35 @@
-"""Fine-tune a checkpoint on GLUE (Wang et al. 2018) and score it, by the paper's protocol (section 4.1, Table 5).
+"""Fine-tune a checkpoint on GLUE (Wang et al. 2018) and score it, as the paper does (4.1, Table 5).
 
-  python finetune_glue.py --source=out/mom_demo --task=cola                              data from the Hub
-  python finetune_glue.py --source=out/mom_demo --task=cola,rte --data_dir=data/glue     from files
-  torchrun --nproc_per_node=8 finetune_glue.py --source=gpt2-medium --task=all --seeds=3
+  python finetune_glue.py --source=out/mom_demo --task=cola                            from the Hub
+  python finetune_glue.py --source=out/mom_demo --task=cola,rte --data_dir=data/glue   from files
+  torchrun --nproc_per_node=8 finetune_glue.py --source=gpt2-medium --seeds=3          all tasks
 
-The paper: learning rate 2e-5, 128 tokens; CoLA, STS-B, MRPC and RTE 3 epochs of batches of 32; MNLI, QNLI, QQP and
-SST-2 8,000 steps of 64. Figures in percent: Matthews for CoLA, F1 for MRPC and QQP, the mean of Pearson and Spearman
-for STS-B, accuracy for the rest. The average is over nine figures, MNLI's two among them.
+The paper: learning rate 2e-5, 128 tokens; CoLA, STS-B, MRPC, RTE 3 epochs of batches of 32; MNLI,
+QNLI, QQP, SST-2 8,000 steps of 64. The average is over nine figures, MNLI's two among them.
 
-The paper leaves open, and we took what is usual for BERT and GPT: AdamW (0.9, 0.999) with weight decay 0.01, 10%
-linear warm-up, then linear decay to 0, clipping at 1.0. The weights after the last step are scored, on the validation
-split: no epoch is picked by its score. A sentence is followed by <|endoftext|>, a pair is sentence <|endoftext|>
-sentence <|endoftext|>; of a pair that is too long, the longer one is cut. One linear layer reads the last
-<|endoftext|>, after the final LayerNorm. STS-B is regression with squared error. MoD, and a balance loss, take padding
-for tokens in training.
+The paper leaves open, and we took what is usual for BERT and GPT: AdamW (0.9, 0.999) with weight
+decay 0.01, 10% linear warm-up, then linear decay to 0, clipping at 1.0. The weights after the last
+step are scored, on the validation split. Each sentence is followed by <|endoftext|>; of a pair that
+is too long, the longer one is cut. One linear layer reads the last <|endoftext|>, after the final
+LayerNorm. STS-B is regression with squared error. MoD, and a balance loss, take padding for tokens
+in training.
 
-Files: data_dir/<task>/train.*, validation.* (mnli: validation_matched.*, validation_mismatched.*) and, if there are,
-test.* likewise; .jsonl, .parquet, .csv, or .tsv without quotes; columns and labels are those of nyu-mll/glue.
+Files: data_dir/rte/train.jsonl, validation.jsonl and, if there is one, test.jsonl (mnli:
+validation_matched, validation_mismatched); also .parquet, .csv, .tsv, the Hub's shards, and GLUE's
+own archive as it is (RTE/dev.tsv). Labels are numbers or names.
 
-out_dir gets <task>_seed<n>.json for each result, results.md with all of them, and predictions_seed<n>/ with the files
-of the GLUE server: CoLA.tsv for the test split, or CoLA.validation.tsv where there is no test split. The server also
-wants WNLI.tsv and AX.tsv: take those of its sample submission. Run the same command again to go on after a stop: what
-has its .json is not done again.
+out_dir gets <task>_seed<n>.json for each result, results.md with all of them, and
+predictions_seed<n>/ with the files of the GLUE server: CoLA.tsv for the test split, or
+CoLA.validation.tsv where there is none (WNLI.tsv and AX.tsv are in the server's sample submission).
+After a stop, the same command goes on: what has its .json is not done again.
 """
 import copy
-import csv
 import glob
 import hashlib
 import itertools
 import json
 import math
 import os
-import re
 import time
 from collections import namedtuple
 from dataclasses import asdict
@@ -41,26 +39,26 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch.nn import functional as F
-from torchmetrics.functional import accuracy, f1_score, matthews_corrcoef, pearson_corrcoef, spearman_corrcoef
+from torchmetrics import functional as metrics
 from tqdm import tqdm
 
 import common
-from model import GPT
+from weights import load_file
 
 # --- what
-source = 'out/mom_demo'       # a run's directory or checkpoint, a GPT-2 name, or a Hugging Face directory
-task = 'all'                  # cola, sst2, mrpc, qqp, qnli, rte, mnli, stsb, several as 'cola,rte', or 'all'
-seed = 1337                   # of the fresh head, the order of the examples and the choice of max_train
+source = 'out/mom_demo'       # a run's folder or checkpoint, a GPT-2 name, a Hugging Face folder
+task = 'all'                  # or cola, sst2, mrpc, qqp, qnli, rte, mnli, stsb: some, 'cola,rte'
+seed = 1337                   # of the fresh head, the order of examples, the choice of max_train
 seeds = 1                     # how many seeds: seed, seed + 1, ...
 out_dir = ''                  # '' is out/glue_<name of source>
 save = False                  # keep each fine-tuned model as out_dir/<task>_seed<n>.pt
-paper_row = 'MoM_P small'     # row of Table 5 to show beside ours (GPT2, MoD, MoE, ... medium, large); '' for none
+paper_row = ''                # a row of Table 5 to show beside ours, such as 'MoM_P small'
 # --- data
 data_dir = ''                 # folder of local files, see above; '' is the Hub
 hub_id = 'nyu-mll/glue'       # on the Hub
 max_train = 0                 # training examples, drawn at random; 0 is all
 max_eval = 0                  # validation and test examples, the first ones; 0 is all
-length = 128                  # tokens of an example at most; a model with a shorter block_size takes that
+length = 128                  # tokens of an example at most; no more than the model's block_size
 # --- optimisation
 learning_rate = 2e-5          # peak
 batch_size = 0                # examples per step, over all processes; 0 is the task's
@@ -71,29 +69,37 @@ warmup = 0.1                  # share of the steps in which the learning rate ri
 weight_decay = 0.01           # of matrices and embeddings
 grad_clip = 1.0               # largest gradient norm; 0 is off
 # --- system
-device = 'auto'               # 'auto', 'cpu', 'cuda'
-dtype = 'auto'                # autocast: 'bfloat16' or 'float32'; auto is bfloat16 on a GPU
+device = 'auto'               # where to run; 'auto' is the accelerator if there is one, else 'cpu'
+dtype = 'auto'                # autocast: 'bfloat16', 'float32'; auto: bfloat16 if the GPU has it
 # ---
 settings, given = common.load(globals()) if __name__ == '__main__' else ({}, set())  # not in tests
 
-# Columns, label names, figure of Table 5, the paper's batch size, epochs or steps, and {server's name: split}.
-Task = namedtuple('Task', 'columns labels metric batch_size epochs max_steps splits')
+Task = namedtuple('Task', 'metric batch_size epochs max_steps splits columns labels')
 PAIR = ['sentence1', 'sentence2']
-TASKS = {  # in the order of Table 5
-    'sst2': Task(['sentence'], ['negative', 'positive'], 'accuracy', 64, 0, 8000, {'SST-2': 'validation'}),
-    'cola': Task(['sentence'], ['unacceptable', 'acceptable'], 'Matthews', 32, 3, 0, {'CoLA': 'validation'}),
-    'mrpc': Task(PAIR, ['not_equivalent', 'equivalent'], 'F1', 32, 3, 0, {'MRPC': 'validation'}),
-    'qqp': Task(['question1', 'question2'], ['not_duplicate', 'duplicate'], 'F1', 64, 0, 8000, {'QQP': 'validation'}),
-    'qnli': Task(['question', 'sentence'], ['entailment', 'not_entailment'], 'accuracy', 64, 0, 8000,
-                 {'QNLI': 'validation'}),
-    'rte': Task(PAIR, ['entailment', 'not_entailment'], 'accuracy', 32, 3, 0, {'RTE': 'validation'}),
-    'mnli': Task(['premise', 'hypothesis'], ['entailment', 'neutral', 'contradiction'], 'accuracy', 64, 0, 8000,
-                 {'MNLI-m': 'validation_matched', 'MNLI-mm': 'validation_mismatched'}),
-    'stsb': Task(PAIR, [], 'correlation', 32, 3, 0, {'STS-B': 'validation'})}  # no label names: regression, 0 to 5
-BY_NAME = ('qnli', 'rte', 'mnli')  # the server wants names for these and numbers for the others
-ENDINGS = ('jsonl', 'parquet', 'csv', 'tsv')
-
+ENTAILED = ['entailment', 'not_entailment']
+BRIEF, LONG = (32, 3, 0), (64, 0, 8000)  # batch size, epochs or steps
+MATCHED, MISMATCHED = 'validation_matched', 'validation_mismatched'
+TASKS = {  # in the order of Table 5; splits: the server's name of a figure, and the split it is of
+    'sst2': Task('accuracy', *LONG, {'SST-2': 'validation'}, ['sentence'],
+                 ['negative', 'positive']),
+    'cola': Task('Matthews', *BRIEF, {'CoLA': 'validation'}, ['sentence'],
+                 ['unacceptable', 'acceptable']),
+    'mrpc': Task('F1', *BRIEF, {'MRPC': 'validation'}, PAIR, ['not_equivalent', 'equivalent']),
+    'qqp': Task('F1', *LONG, {'QQP': 'validation'}, ['question1', 'question2'],
+                ['not_duplicate', 'duplicate']),
+    'qnli': Task('accuracy', *LONG, {'QNLI': 'validation'}, ['question', 'sentence'], ENTAILED),
+    'rte': Task('accuracy', *BRIEF, {'RTE': 'validation'}, PAIR, ENTAILED),
+    'mnli': Task('accuracy', *LONG, {'MNLI-m': MATCHED, 'MNLI-mm': MISMATCHED},
+                 ['premise', 'hypothesis'], ['entailment', 'neutral', 'contradiction']),
+    'stsb': Task('correlation', *BRIEF, {'STS-B': 'validation'}, PAIR, [])}  # regression, 0 to 5
 FIGURES = [figure for t in TASKS.values() for figure in t.splits]
+BY_NAME = ('qnli', 'rte', 'mnli')  # the server wants names for these and numbers for the others
+# What GLUE's archive calls the columns. Its CoLA has no line of names.
+IN_ARCHIVE = {'sentence1': ['#1 String'], 'sentence2': ['#2 String'],
+              'premise': ['sentence1'], 'hypothesis': ['sentence2'],
+              'label': ['gold_label', 'Quality', 'is_duplicate', 'score']}
+COLA_COLUMNS = ['source', 'label', 'mark', 'sentence']
+
 TABLE_5 = """
 GPT2 small         92.09 26.27 85.11 83.09 87.55 62.45 79.90 78.74 82.67 75.32
 MoD small          87.73 21.66 81.43 82.01 81.79 64.62 75.96 75.22 79.76 72.24
@@ -120,87 +126,75 @@ PAPER = {line.rsplit(None, 10)[0]: line.split()[-10:] for line in TABLE_5.strip(
 
 rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 is_main = rank == 0
-
-
-def say(*text):
-    if is_main:
-        print(*text, flush=True)
-
+broken_rows = []  # of QQP: its archive has some that are cut off, which all leave out
 
 # ----------------------------------------------------------------------------- data
 
-Examples = namedtuple('Examples', 'ids labels source truncated')  # ids: an array per example; truncated: how many were
+# ids: an array per example; cut: whether it lost a part; labels: a tensor, None for a test split.
+Examples = namedtuple('Examples', 'ids cut labels source')
 
 
-def read_rows(path):
-    """The rows of a file, as dicts. Raises ValueError naming file, row and fix for one that cannot be read."""
-    n = 0  # rows so far
-    try:
-        if path.endswith('.parquet'):
-            from pyarrow.parquet import read_table
-            yield from read_table(path).to_pylist()
-            return
-        with open(path, encoding='utf-8-sig', newline='') as f:
-            if path.endswith('.jsonl'):
-                rows = map(json.loads, f)
-            elif path.endswith('.csv'):
-                rows = csv.DictReader(f, strict=True)
-            else:
-                rows = csv.DictReader(f, delimiter='\t', quoting=csv.QUOTE_NONE)
-            for row in rows:
-                if not isinstance(row, dict):
-                    raise ValueError('it is no object with columns')
-                if not path.endswith('.jsonl'):
-                    if None in row or None in row.values():
-                        raise ValueError('it has more or fewer values than there are columns')
-                    if re.fullmatch(r'-?[0-9]+([.][0-9]*)?', row.get('label', '')):
-                        row['label'] = float(row['label'])
-                yield row
-                n += 1
-    except (ValueError, OSError, csv.Error) as error:  # not JSON, not UTF-8, not parquet, not readable
-        raise ValueError(f'{path}, row {n + 1} cannot be read ({error}): repair or delete it') from error
-
-
-def find_splits(name):
-    """Where the splits of a task are -> {split: (source, rows)}. Raises ValueError, with the fix, if one is missing."""
-    found, validation = {}, [*TASKS[name].splits.values()]
-    if not data_dir:
-        from datasets import load_dataset
-        from huggingface_hub.errors import HfHubHTTPError
-        try:
-            table = load_dataset(hub_id, name)
-        # In turn: no network, no such id, the Hub's refusals, no such task, a script instead of data.
-        except (ConnectionError, FileNotFoundError, HfHubHTTPError, ValueError, RuntimeError) as error:
-            raise ValueError(f'{hub_id}, {name} could not be loaded from the Hugging Face Hub ({error}): give a folder '
-                             f'that holds {name}/train.jsonl and so on, --data_dir=FOLDER') from error
-    for split in ('train', *validation, *(v.replace('validation', 'test') for v in validation)):
-        if data_dir:
-            paths = [os.path.join(data_dir, name, f'{split}.{ending}') for ending in ENDINGS]
-            paths = [path for path in paths if os.path.isfile(path)]
-            if len(paths) > 1:
-                raise ValueError(f'{" and ".join(paths)} are the same split: keep one of them')
-            if paths:
-                found[split] = paths[0], read_rows(paths[0])
-        elif split in table:
-            found[split] = f'{hub_id}, {name}, {split}', table[split]
-        if split not in found and not split.startswith('test'):
-            raise ValueError(f'{data_dir or hub_id} has no {name}/{split}' + (
-                f': put {name}/{split}.jsonl there (or .parquet, .csv, .tsv)' if data_dir else ': take another hub_id'))
-    return found
+def folders_of(name):
+    """The folders of data_dir that are a task's: for stsb, stsb or STS-B."""
+    paths = glob.glob(os.path.join(glob.escape(data_dir), '*', ''))
+    paths = [path[:-1] for path in paths] if data_dir else []
+    return [path for path in paths if os.path.basename(path).lower().replace('-', '') == name]
 
 
 def data_of(name):
-    """What stands for the data of a task in its results: the Hub's id, or a SHA-256 of its local files."""
+    """What stands for a task's data in its results: the Hub's id, or a SHA-256 of its files."""
+    if not data_dir:
+        return hub_id
     digest = hashlib.sha256()
-    for path in sorted(glob.glob(os.path.join(glob.escape(data_dir), name, '*'))) if data_dir else ():
-        if path.endswith(ENDINGS):
-            digest.update(f'{os.path.basename(path)} {common.sha256(path)}\n'.encode())
-    return digest.hexdigest() if data_dir else hub_id
+    for folder in folders_of(name):
+        for path in sorted(glob.glob(os.path.join(glob.escape(folder), '*'))):
+            if path.endswith(common.TABLES):
+                digest.update(f'{os.path.basename(path)} {common.sha256(path)}\n'.encode())
+    return digest.hexdigest()
+
+
+def splits_of(name):
+    """The splits of a task -> {split: (where from, rows)}. ValueError if one is missing."""
+    validation, found = TASKS[name].splits.values(), {}
+    folders = folders_of(name)
+    if data_dir and len(folders) != 1:
+        here = sorted(os.listdir(data_dir)) if os.path.isdir(data_dir) else []
+        raise ValueError(f'{data_dir} must hold one folder of {name}, called {name} or as in the '
+                         f'archive of GLUE; it holds {", ".join(here) or "nothing"}')
+    if not data_dir:
+        instead = f'a folder that holds {name}/train.jsonl and so on, --data_dir=FOLDER'
+        table = common.hub_table(hub_id, name=name, split=None, instead=instead)
+    for split in ('train', *validation, *(v.replace('validation', 'test') for v in validation)):
+        optional = split.startswith('test')
+        if data_dir:
+            if paths := common.find_split(folders[0], split, optional):
+                found[split] = ', '.join(paths), local_rows(name, paths)
+        elif split in table:
+            where = f'{hub_id}, {name}, {split}'
+            found[split] = where, common.hub_rows(table[split], where)
+        elif not optional:
+            raise ValueError(f'{hub_id}, {name} has no split {split}, only {", ".join(table)}: '
+                             'take another --hub_id')
+    return found
+
+
+def local_rows(name, paths):
+    """The rows of a split in files."""
+    columns = None
+    if name == 'cola' and paths[0].endswith('.tsv'):
+        with open(paths[0], 'rb') as file:
+            cells = file.readline().split(b'\t')
+        if len(cells) == 4 and cells[1] in (b'0', b'1'):  # a row, where a line of names might be
+            columns = COLA_COLUMNS
+    broken = broken_rows if name == 'qqp' else None
+    return common.read_tables(paths, columns, ['label', *IN_ARCHIVE['label']], broken)
 
 
 def join_sentences(parts, eot, length):
-    """The ids of one or two sentences -> one list of at most `length`, each sentence followed by eot. What is too long
-    loses its end, of two sentences the longer one first."""
+    """The ids of one or two sentences -> one list of at most `length`, each followed by eot.
+
+    What is too long loses its end, of two sentences the longer one first.
+    """
     room = length - len(parts)
     keep = [room]
     if len(parts) == 2:
@@ -210,84 +204,103 @@ def join_sentences(parts, eot, length):
     return [i for part, n in zip(parts, keep) for i in (*part[:n], eot)]
 
 
-def encode_rows(name, split, where, rows, tokenizer, length):
-    """Rows of a split -> Examples, a test split's without labels. Raises ValueError naming source, row and fix."""
-    t, texts, labels, ids, truncated = TASKS[name], [], [], [], 0
-    wanted = t.columns if split.startswith('test') else [*t.columns, 'label']
-    allowed = ', '.join(f'{i} ({label})' for i, label in enumerate(t.labels)) or 'a number from 0 to 5'
-    for n, row in enumerate(rows, 1):
-        for column in wanted:
-            value = row.get(column)
-            if column not in row:
-                raise ValueError(f'{where}, row {n} has no {column!r}, only {", ".join(map(str, row))}: {name} needs '
-                                 f'the columns {", ".join(wanted)}')
-            if column != 'label':  # half a surrogate pair, which JSON can spell and UTF-8 cannot, is no text either
-                good, fix = isinstance(value, str) and value == value.encode(errors='ignore').decode(), 'text'
-            else:
-                good = isinstance(value, (int, float)) and not isinstance(value, bool)
-                good, fix = good and (value in range(len(t.labels)) if t.labels else 0 <= value <= 5), allowed
-            if not good:
-                raise ValueError(f'{where}, row {n}: {column} is {value!r} and must be {fix}: repair or delete the row')
-        texts.append([row[column] for column in t.columns])
-        labels.append(row.get('label'))
-        if not ''.join(texts[-1]).strip():  # one half of a pair may be empty: two of QQP's are
-            raise ValueError(f'{where}, row {n} is empty: give it text or delete it')
-    if not texts:
-        raise ValueError(f'{where} has no rows: write or fetch it again')
-    for text in tqdm(texts, desc=f'{name}, {split}, tokens', disable=not is_main, mininterval=1):
-        parts = [tokenizer.encode_ordinary(part) for part in text]
-        ids.append(np.array(join_sentences(parts, tokenizer.eot_token, length), dtype=np.int32))
-        truncated += len(ids[-1]) < sum(map(len, parts)) + len(parts)
-    labels = torch.tensor(labels, dtype=torch.int64 if t.labels else torch.float64) if 'label' in wanted else None
-    return Examples(ids, labels, where, truncated)
+def cell(name, where, row, column):
+    """The value of a column of a row, under its name or that of the archive."""
+    for key in (column, *IN_ARCHIVE.get(column, ())):
+        if key in row:
+            return row[key]
+    raise ValueError(f'{where} has no {column!r}, only {", ".join(map(str, row))}: {name} needs '
+                     f'the columns {", ".join(TASKS[name].columns)}, label')
+
+
+def label_of(name, where, value):
+    """A label, given by number or by name -> its number."""
+    labels = TASKS[name].labels
+    if isinstance(value, str) and value in labels:
+        return labels.index(value)
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if value in range(len(labels)) if labels else 0 <= value <= 5:
+            return value
+    allowed = ', '.join(f'{i} ({label})' for i, label in enumerate(labels))
+    allowed = allowed or 'a number from 0 to 5'
+    raise ValueError(f'{where}: label is {value!r} and must be {allowed}: repair or delete the row')
+
+
+def encode(name, split, source, rows, tokenizer, length):
+    """Rows of a split -> Examples. Raises ValueError naming source, row and fix."""
+    t, ids, cut, labels = TASKS[name], [], [], []
+    labelled = not split.startswith('test')
+    for where, row in tqdm(rows, f'{name}, {split}', unit='row', disable=not is_main):
+        texts = [cell(name, where, row, column) for column in t.columns]
+        for column, text in zip(t.columns, texts):
+            if not common.is_text(text):
+                raise ValueError(f'{where}: {column} is {text!r} and must be text: repair or '
+                                 'delete the row')
+        if not ''.join(texts).strip():  # one half of a pair may be empty: two of QQP's are
+            raise ValueError(f'{where} is empty: give it text or delete it')
+        if labelled:
+            labels.append(label_of(name, where, cell(name, where, row, 'label')))
+        parts = [tokenizer.encode_ordinary(text) for text in texts]
+        joined = join_sentences(parts, tokenizer.eot_token, length)
+        ids.append(np.array(joined, dtype=np.int32))
+        cut.append(len(joined) < sum(map(len, parts)) + len(parts))
+    if not ids:
+        raise ValueError(f'{source} has no rows: write or fetch it again')
+    kind = torch.int64 if t.labels else torch.float64
+    return Examples(ids, cut, torch.tensor(labels, dtype=kind) if labelled else None, source)
 
 
 # ----------------------------------------------------------------------------- model, scores
 
 def classify(model, head, rows, pad_id, width=0, bf16=False):
-    """Token ids of B examples, arrays of any lengths -> fp32 logits (B, outputs), and the Decisions of each chunk.
+    """Ids of B examples, arrays of any lengths -> fp32 logits (B, outputs), the chunks' Decisions.
 
-    Padded at the right to `width`, or to the longest. Attention is causal and all else is per token, so padding
-    reaches no real token, and the head reads the last real one. (Only MoD in training mode compares tokens.)
+    Padded at the right to `width`, or to the longest. Attention is causal and all else is per
+    token, but for MoD in training: padding reaches no real token, and the head reads the last one.
     """
     device = head.weight.device
-    idx = torch.full((len(rows), max(width, *map(len, rows))), pad_id)
-    for i, row in enumerate(rows):
-        idx[i, :len(row)] = torch.from_numpy(row)
+    idx = common.pad(rows, pad_id, width).to(device)  # (B, T)
     last = torch.tensor([len(row) - 1 for row in rows], device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-        x, decisions = model.features(idx.to(device))
-    return head(x[torch.arange(len(rows), device=device), last].to(head.weight.dtype)), decisions
+        x, decisions = model.features(idx)  # (B, T, C)
+    x = x[torch.arange(len(rows), device=device), last]  # (B, C)
+    return head(x.to(head.weight.dtype)), decisions
+
+
+METRICS = {
+    'accuracy': partial(metrics.accuracy, task='multiclass', num_classes=3),  # or fewer
+    'F1': partial(metrics.f1_score, task='binary'),
+    'Matthews': partial(metrics.matthews_corrcoef, task='binary'),
+    'Pearson': metrics.pearson_corrcoef, 'Spearman': metrics.spearman_corrcoef}
+TOGETHER = {'accuracy': ['accuracy'], 'F1': ['accuracy', 'F1'], 'Matthews': ['accuracy', 'Matthews'],
+            'correlation': ['Pearson', 'Spearman']}
 
 
 def scores(metric, predicted, labels):
     """Predictions (n,), labels (n,) -> the task's figure ('score') and its companions, in percent.
 
-    A constant correlates with nothing: Matthews, Pearson and Spearman are undefined for it, and are 0 here.
+    A constant correlates with nothing: what is undefined for it is 0 here.
     """
     constant = bool((predicted == predicted[0]).all() or (labels == labels[0]).all())
-    parts = {'Pearson': pearson_corrcoef, 'Spearman': spearman_corrcoef}
-    if metric != 'correlation':
-        parts = {'accuracy': partial(accuracy, task='multiclass', num_classes=3)}  # three are enough for all
-        if metric == 'F1':
-            parts['F1'] = partial(f1_score, task='binary')
-        if metric == 'Matthews':
-            parts['Matthews'] = partial(matthews_corrcoef, task='binary')
-    parts = {name: 0.0 if constant and name in ('Matthews', 'Pearson', 'Spearman') else
-             round(100 * metric_of(predicted, labels).item(), 4) for name, metric_of in parts.items()}
+    parts = {}
+    for name in TOGETHER[metric]:
+        undefined = constant and name in ('Matthews', 'Pearson', 'Spearman')
+        parts[name] = 0.0 if undefined else round(100 * METRICS[name](predicted, labels).item(), 4)
     return {'score': parts[metric] if metric in parts else sum(parts.values()) / 2, **parts}
 
 
 @torch.no_grad()
 def evaluate(model, head, examples, pad_id, bf16, desc):
-    """What is predicted for n examples, on the CPU of every rank: classes, int64 (n,), or with one output its values,
-    fp64. Each example is done by one rank, once."""
-    order = sorted(range(len(examples.ids)), key=lambda i: -len(examples.ids[i]))  # equal lengths together
+    """What is predicted for n examples, on the CPU of every rank: classes, int64 (n,), or with one
+    output its values, fp64. Each example is done by one rank, once."""
+    # Equal lengths together.
+    order = sorted(range(len(examples.ids)), key=lambda i: -len(examples.ids[i]))
     batches = [order[at:at + micro_batch] for at in range(0, len(order), micro_batch)]
     logits = torch.zeros(len(order), head.out_features, device=head.weight.device)
     model.eval()
     for batch in tqdm(batches[rank::world], desc=desc, disable=not is_main, mininterval=1):
-        logits[batch] = classify(model, head, [examples.ids[i] for i in batch], pad_id, bf16=bf16)[0]
+        rows = [examples.ids[i] for i in batch]
+        logits[batch] = classify(model, head, rows, pad_id, bf16=bf16)[0]
     if world > 1:
         dist.all_reduce(logits)  # where one rank has an example's logits, the others have zeros
     logits = logits.cpu()
@@ -297,55 +310,68 @@ def evaluate(model, head, examples, pad_id, bf16, desc):
 # ----------------------------------------------------------------------------- training
 
 def epoch_order(n, seed, epoch):
-    """In which order an epoch goes over n examples: a function of (seed, epoch), so a batch is one of (seed, step)."""
+    """The order in which an epoch goes over n examples: a batch is a function of (seed, step)."""
     return np.random.default_rng([seed, epoch + 1]).permutation(n).tolist()
 
 
-def fine_tune(model, head, ids, labels, steps, size, seed, pad_id, bf16, desc):
-    """Train model and head in place, for `steps` batches of `size` of the examples (the last batch of an epoch is what
-    is left). Returns the mean loss of the last tenth of the steps. Raises ValueError when the loss is not finite."""
+def fine_tune(model, head, ids, labels, steps, size, seed, pad_id, bf16, desc, part='', want=None):
+    """Train model and head in place, for `steps` batches of `size` examples; the last batch of an
+    epoch is what is left. Returns the mean loss of the last tenth of the steps.
+
+    part: a file that keeps the state after each epoch. If it is of the settings `want`, training goes
+    on from it, as if there had been no stop. Raises ValueError when the loss is not finite.
+    """
     params = [*model.parameters(), *head.parameters()]
     groups = model.param_groups(weight_decay)
     groups[0]['params'].append(head.weight)
     groups[1]['params'].append(head.bias)
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
-    rise, losses = round(warmup * steps), []
+    state = dict(model=model, head=head, optimizer=optimizer)
+    losses, per_epoch = [], math.ceil(len(ids) / size)
+    if part and os.path.exists(part):
+        saved = load_file(part)
+        if saved['settings'] == want:
+            losses = saved['losses']
+            for key, holder in state.items():
+                holder.load_state_dict(saved[key])
+    common.agree(step=len(losses))
     model.train()
-    with tqdm(range(steps), desc=desc, disable=not is_main, mininterval=1) as bar:
-        for step in bar:
-            for group in optimizer.param_groups:
-                group['lr'] = learning_rate * ((step + 1) / rise if step < rise else (steps - step) / (steps - rise))
-            epoch, at = divmod(step, math.ceil(len(ids) / size))
-            if at == 0:
-                order = epoch_order(len(ids), seed, epoch)
-            batch = order[at * size:(at + 1) * size]
-            width = max(len(ids[i]) for i in batch)  # of the whole batch: MoD sees the same on any number of ranks
-            piece = min(micro_batch, math.ceil(len(batch) / world))
-            loss_sum = torch.zeros((), device=head.weight.device)
-            for part in [batch[a:a + piece] for a in range(0, len(batch), piece)][rank::world]:
-                logits, decisions = classify(model, head, [ids[i] for i in part], pad_id, width, bf16)
-                wanted, share = labels[part].to(logits.device), len(part) / len(batch)
-                loss = share * (F.cross_entropy(logits, wanted) if logits.size(1) > 1 else
-                                F.mse_loss(logits.squeeze(1), wanted.to(logits.dtype)))
-                loss_sum += loss.detach()
-                for decision in itertools.chain(*decisions):
-                    if decision.aux is not None:
-                        loss = loss + share * decision.aux
-                loss.backward()
-            if world > 1:
-                dist.all_reduce(loss_sum)
-                for p in params:
-                    if p.grad is None:  # at the end of an epoch, there may be fewer examples than ranks
-                        p.grad = torch.zeros_like(p)
-                    dist.all_reduce(p.grad)
-            norm = torch.nn.utils.clip_grad_norm_(params, grad_clip or math.inf).item()
-            losses.append(loss_sum.item())
-            if not math.isfinite(losses[-1] + norm):
-                raise ValueError(f'{desc}, step {step + 1}: loss {losses[-1]}, gradient norm {norm}. Take a lower '
-                                 '--learning_rate, or --dtype=float32; finished results are kept')
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            bar.set_postfix(loss=f'{losses[-1]:.3f}', refresh=False)
+    bar = tqdm(total=steps, initial=len(losses), desc=desc, disable=not is_main, mininterval=1)
+    for step in range(len(losses), steps):
+        epoch, at = divmod(step, per_epoch)
+        if at == 0:
+            order = epoch_order(len(ids), seed, epoch)
+        batch = order[at * size:(at + 1) * size]
+        width = max(len(ids[i]) for i in batch)  # of all ranks: MoD sees the same on each
+        piece = min(micro_batch, math.ceil(len(batch) / world))
+        pieces = [batch[a:a + piece] for a in range(0, len(batch), piece)]
+        loss_sum = torch.zeros((), device=head.weight.device)
+        for piece in pieces[rank::world]:
+            logits, decisions = classify(model, head, [ids[i] for i in piece], pad_id, width, bf16)
+            share = len(piece) / len(batch)
+            if logits.size(1) > 1:
+                loss = share * F.cross_entropy(logits, labels[piece].to(logits.device))
+            else:  # the type first: not every device has fp64
+                wanted = labels[piece].to(logits.dtype).to(logits.device)
+                loss = share * F.mse_loss(logits.squeeze(1), wanted)
+            loss_sum += loss.detach()
+            for decision in itertools.chain(*decisions):
+                if decision.aux is not None:
+                    loss = loss + share * decision.aux
+            loss.backward()
+        if world > 1:
+            dist.all_reduce(loss_sum)
+        losses.append(loss_sum.item())
+        rate = common.linear_rate(step, steps, learning_rate, warmup)
+        common.update(optimizer, params, losses[-1], rate, grad_clip, f'{desc}, step {step + 1}',
+                      'finished results are kept')
+        bar.set_postfix(loss=f'{losses[-1]:.3f}', refresh=False)
+        bar.update()
+        if part and is_main and at + 1 == per_epoch and step + 1 < steps:
+            states = {key: holder.state_dict() for key, holder in state.items()}
+            with common.atomic_write(part) as file:
+                torch.save(dict(states, settings=want, losses=losses), file)
+    bar.close()
     return float(np.mean(losses[-math.ceil(steps / 10):]))
 
 
@@ -354,170 +380,196 @@ def fine_tune(model, head, ids, labels, steps, size, seed, pad_id, bf16, desc):
 def write_predictions(path, name, predicted):
     """The GLUE server's file: index and prediction, tab-separated, under a header."""
     labels = TASKS[name].labels
-    values = ([f'{value:.5f}' for value in predicted.clamp(0, 5).tolist()] if not labels else  # the scale of STS-B
-              [labels[i] if name in BY_NAME else str(i) for i in predicted.tolist()])
-    with common.atomic_write(path) as f:
-        f.write('\n'.join(['index\tprediction', *(f'{i}\t{value}' for i, value in enumerate(values)), '']).encode())
+    if not labels:
+        values = [f'{value:.5f}' for value in predicted.clamp(0, 5).tolist()]  # the scale of STS-B
+    else:
+        values = [labels[i] if name in BY_NAME else str(i) for i in predicted.tolist()]
+    lines = ['index\tprediction', *(f'{i}\t{value}' for i, value in enumerate(values)), '']
+    common.write_text(path, '\n'.join(lines))
 
 
-def markdown(results, n_seeds, title):
-    """Results, dicts as in the .json files -> a Markdown table of ours, the baseline's and the paper's figures.
+def markdown(results, n_seeds, title, how=''):
+    """Results, as in the .json files -> a Markdown table of ours, the baseline's and the paper's.
 
-    mean ± standard deviation (n - 1) over the seeds. A figure is shown when all seeds have it, the average when all
-    nine figures are shown.
+    mean ± standard deviation (n - 1) over the seeds. A figure is shown when all seeds have it, the
+    average when all nine figures are shown. how: a line on what all results have in common.
     """
     lines = ['| | ' + ' | '.join(FIGURES) + ' | average |', '|---' * (len(FIGURES) + 2) + '|']
-    for title, kind in ((f'{title}, {n_seeds} seed{"s" * (n_seeds > 1)}', 'figures'), ('baseline', 'baseline')):
-        columns = [[r[kind][figure]['score'] for r in results if figure in r[kind]] for figure in FIGURES]
-        columns = [column if len(column) == n_seeds else [] for column in columns]
+    ours = f'{title}, {n_seeds} seed{"s" * (n_seeds > 1)}'
+    for title, kind in ((ours, 'figures'), ('baseline', 'baseline')):
+        columns = []
+        for figure in FIGURES:
+            column = [r[kind][figure]['score'] for r in results if figure in r[kind]]
+            columns.append(column if len(column) == n_seeds else [])
         columns.append([sum(nine) / 9 for nine in zip(*columns)])  # zip: empty if one is
-        cells = [f'{np.mean(c):.2f}' + (f' ± {np.std(c, ddof=1):.2f}' if len(c) > 1 else '') if c else '–'
-                 for c in columns]
+        cells = [f'{np.mean(c):.2f}' if c else '–' for c in columns]
+        for n, column in enumerate(columns):
+            if len(column) > 1:
+                cells[n] += f' ± {np.std(column, ddof=1):.2f}'
         lines.append(f'| {title} | ' + ' | '.join(cells) + ' |')
     if paper_row:
         lines.append(f'| the paper, {paper_row} | ' + ' | '.join(PAPER[paper_row]) + ' |')
-    lines += ['', 'Percent: accuracy; Matthews for CoLA; F1 for MRPC and QQP; mean of Pearson and Spearman for STS-B. '
-              'The baseline predicts the most frequent label of the training examples, for STS-B their mean.', '']
+    lines += ['', 'Percent: accuracy; Matthews for CoLA; F1 for MRPC and QQP; mean of Pearson and '
+              'Spearman for STS-B. The baseline predicts the most frequent label of the training '
+              'examples, for STS-B their mean.', '', how, '']
     for r in results:
-        splits = '; '.join(f'{split}: {s["examples"]:,} from {s["source"]}' for split, s in r['splits'].items())
-        lines.append(f'- {r["task"]}, seed {r["seed"]}: {r["steps"]} steps of {r["settings"]["batch_size"]}; {splits}')
+        line = f'- {r["task"]}, seed {r["seed"]}: {r["steps"]} steps of {r["settings"]["batch_size"]}'
+        for split, s in r['splits'].items():
+            line += f'; {split}: {s["examples"]:,} from {s["source"]}, '
+            line += common.cut_note(s['truncated'], s['examples'])
+        lines.append(line)
     return '\n'.join(lines) + '\n'
 
 
-def finished(folder, want):
-    """What folder holds for the settings `want` of one (task, seed): the result, its path, and the name of the first
-    setting in which it is another's, or None."""
-    path, result = os.path.join(folder, f'{want["task"]}_seed{want["seed"]}.json'), None
-    if os.path.exists(path):
-        try:
-            with open(path, encoding='utf-8') as f:
-                result = json.load(f)
-            return result, path, next((k for k in want if result['settings'].get(k) != want[k]), None)
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f'{path} is not a result of this script ({error!r}): delete it') from error
-    return result, path, None
+def result_path(folder, want):
+    return os.path.join(folder, f'{want["task"]}_seed{want["seed"]}.json')
+
+
+# ----------------------------------------------------------------------------- the run
+
+def check_settings():
+    """The names of the tasks that are asked for. Raises ValueError for settings that cannot be."""
+    asked = {name.strip().lower().replace('-', '') for name in task.split(',')}
+    names = [name for name in TASKS if name in asked or asked == {'all'}]
+    if asked != {'all'} and len(names) < len(asked):
+        raise ValueError(f"task={task!r} must be 'all' or some of {','.join(TASKS)}")
+    common.check_settings(settings, batch_size=0, max_steps=0)
+    if epochs and max_steps:
+        raise ValueError(f'epochs={epochs} and max_steps={max_steps} both say how long to train: '
+                         'give one of them')
+    common.check_row(paper_row, PAPER, 'Table 5')
+    return names
+
+
+def run_task(want, base, tokenizer, data, folder, on):
+    """Fine-tune and score one (task, seed), and write what came of it."""
+    name, s, size, began = want['task'], want['seed'], want['batch_size'], time.time()
+    t, path = TASKS[name], result_path(folder, want)
+    part = path.replace('.json', '.part.pt')
+    common.if_stopped = (f'{folder} keeps what is finished, and of {name}, seed {s} its whole '
+                         'epochs: the same command goes on there')
+    ids, cut, labels, origin = data['train']
+    if max_train:
+        chosen = np.random.default_rng([s, 0]).permutation(len(ids))[:max_train].tolist()
+        ids, cut, labels = [ids[i] for i in chosen], [cut[i] for i in chosen], labels[chosen]
+        data = {**data, 'train': Examples(ids, cut, labels, origin)}
+    steps = want['max_steps'] or want['epochs'] * math.ceil(len(ids) / size)
+    common.say(f'\n{name}, seed {s}: {len(ids):,} examples from {origin}, '
+               f'{steps:,} steps of {size}. The first three:')
+    for i in epoch_order(len(ids), s, 0)[:3]:
+        label = t.labels[labels[i]] if t.labels else labels[i].item()
+        common.say(f'  {label} | {tokenizer.decode(ids[i].tolist())}')
+    for split, examples in data.items():
+        common.say(f'  {split}: {common.cut_note(sum(examples.cut), len(examples.ids))}')
+
+    torch.manual_seed(s)
+    model, head = copy.deepcopy(base).to(on), torch.nn.Linear(base.cfg.n_embd, len(t.labels) or 1)
+    torch.nn.init.normal_(head.weight, std=0.02)
+    torch.nn.init.zeros_(head.bias)
+    head.to(on)
+    last = dict(pad_id=tokenizer.eot_token, bf16=want['dtype'] == 'bfloat16')
+    loss = fine_tune(model, head, ids, labels, steps, size, s, **last,
+                     desc=f'{name}, seed {s}, training', part=part, want=want)
+
+    usual = labels.bincount().argmax() if t.labels else labels.mean()
+    always = t.labels[usual] if t.labels else f'{usual:.4g}'
+    figures, baseline, predictions = {}, {}, []
+    for figure, split in t.splits.items():
+        gold = data[split].labels
+        predicted = evaluate(model, head, data[split], **last, desc=f'{name}, seed {s}, {split}')
+        figures[figure] = scores(t.metric, predicted, gold)
+        baseline[figure] = scores(t.metric, usual.expand(len(gold)), gold)
+        shown = ', '.join(f'{part} {value:.2f}' for part, value in figures[figure].items())
+        common.say(f'{figure}: {shown}; always predicting {always}: '
+                   f'{baseline[figure]["score"]:.2f}')
+        file = f'{figure}.{split}.tsv'
+        if (test := split.replace('validation', 'test')) in data:
+            predicted = evaluate(model, head, data[test], **last, desc=f'{name}, seed {s}, {test}')
+            file = f'{figure}.tsv'  # which the server takes
+        predictions.append(os.path.join(folder, f'predictions_seed{s}', file))
+        if is_main:
+            write_predictions(predictions[-1], name, predicted)
+    if not is_main:
+        return
+    result = dict(
+        task=name, seed=s, figures=figures, baseline=baseline, baseline_predicts=usual.item(),
+        predictions=predictions, steps=steps, train_loss=loss, labels=t.labels,
+        splits={split: dict(source=e.source, examples=len(e.ids), truncated=sum(e.cut))
+                for split, e in data.items()},
+        settings=dict(want, source=source, micro_batch=micro_batch, device=on, processes=world),
+        model_config=asdict(base.cfg), torch=str(torch.__version__),
+        seconds=round(time.time() - began, 1))
+    if save:
+        with common.atomic_write(path.replace('.json', '.pt')) as file:
+            torch.save(dict(result, model=model.state_dict(), head=head.state_dict(),
+                            meta=dict(tokenizer=tokenizer.name)), file)
+    # Last: where this file is, the others are.
+    common.write_text(path, json.dumps(result, indent=2) + '\n')
+    if os.path.exists(part):
+        os.unlink(part)
 
 
 def main():
-    names = list(TASKS) if task == 'all' else [name for name in TASKS if name in task.split(',')]
-    if task != 'all' and len(names) < len(task.split(',')):
-        raise ValueError(f"task={task!r} must be 'all' or some of {','.join(TASKS)}")
-    for least, keys in ((1, ('seeds', 'micro_batch')),
-                        (0, ('seed', 'max_train', 'max_eval', 'batch_size', 'epochs', 'max_steps', 'learning_rate',
-                             'weight_decay', 'grad_clip'))):
-        for key in keys:
-            if settings[key] < least:
-                raise ValueError(f'{key}={settings[key]} must be at least {least}')
-    if epochs and max_steps:
-        raise ValueError(f'epochs={epochs} and max_steps={max_steps} both say how long to train: give one of them')
-    if not 0 <= warmup < 1:
-        raise ValueError(f'warmup={warmup} is a share of the steps: 0 <= warmup < 1')
-    if paper_row and paper_row not in PAPER:
-        raise ValueError(f"paper_row={paper_row!r} must be '' or one of {', '.join(PAPER)}")
-    on = common.find_device(device)
-    if dtype not in ('auto', 'bfloat16', 'float32'):
-        raise ValueError(f"dtype={dtype!r} must be 'auto', 'bfloat16' or 'float32'")
-    precision = ('bfloat16' if on.startswith('cuda') else 'float32') if dtype == 'auto' else dtype
-    folder = out_dir or os.path.join('out', f'glue_{common.run_name(source)}')
-
-    base, tokenizer = GPT.from_pretrained(source), common.tokenizer_of(source)
-    if tokenizer.n_vocab > base.cfg.vocab_size:
-        raise ValueError(f'{source} knows {base.cfg.vocab_size} kinds of token and its tokenizer {tokenizer.name!r} '
-                         f'makes {tokenizer.n_vocab}: take weights that were trained with that tokenizer')
+    common.if_stopped = 'Nothing is trained so far: give the same command again'
+    names, on = check_settings(), common.find_device(device)
+    precision = common.find_dtype(dtype, on)
+    base, tokenizer = common.model_and_tokenizer(source)
     tokens = min(length, base.cfg.block_size)
     if tokens < 4 or 'length' in given and tokens < length:
-        raise ValueError(f'length={length} must be from 4 to the {base.cfg.block_size} positions of {source}')
-    weights = base.fingerprint()[:16]
+        raise ValueError(f'length={length} must be from 4 to the {base.cfg.block_size} positions '
+                         f'of {source}')
+    folder = out_dir or os.path.join('out', f'glue_{common.run_name(source)}')
+    folder = common.results_folder(folder)
 
-    # All that decides each result, but for rounding. Those that are there are kept; those of other settings are in the
-    # way if this command is to make them, and are left out of the table if not.
-    plan = [dict(task=name, seed=s, weights=weights, data=data_of(name), max_train=max_train,
-                 max_eval=max_eval, length=tokens, learning_rate=learning_rate,
-                 batch_size=batch_size or t.batch_size, epochs=0 if max_steps else epochs or t.epochs,
-                 max_steps=0 if epochs else max_steps or t.max_steps, warmup=warmup, weight_decay=weight_decay,
-                 grad_clip=grad_clip, dtype=precision)
-            for name, t in TASKS.items() for s in range(seed, seed + seeds)]
-    todo = []
+    # All that decides each result, but for rounding. Results of other settings are in the way if
+    # this command is to make them, and are left out of the table if not.
+    shared = dict(weights=base.fingerprint()[:16], max_train=max_train, max_eval=max_eval,
+                  length=tokens, learning_rate=learning_rate, warmup=warmup,
+                  weight_decay=weight_decay, grad_clip=grad_clip, dtype=precision)
+    plan, todo = [], []
+    for name, t in TASKS.items():
+        of_task = dict(task=name, data=data_of(name), batch_size=batch_size or t.batch_size,
+                       epochs=0 if max_steps else epochs or t.epochs,
+                       max_steps=0 if epochs else max_steps or t.max_steps)
+        plan += [dict(of_task, seed=s, **shared) for s in range(seed, seed + seeds)]
     for want in plan:
-        result, path, other = finished(folder, want)
+        path = result_path(folder, want)
+        result, other = common.read_result(path, want)
         if want['task'] not in names:
             continue
         if other:
-            raise ValueError(f'{path} is a result with {other}={result["settings"].get(other)!r}, but this command has '
+            was = result['settings'].get(other)
+            raise ValueError(f'{path} is a result with {other}={was!r}, but this command has '
                              f'{want[other]!r}: take another --out_dir, or delete that file')
         if result and (not save or os.path.exists(path.replace('.json', '.pt'))):
-            say(f'{path} is there already')
+            common.say(f'{path} is there already')
         else:
             todo.append(want)
 
-    data = {name: {} for name in names if any(want['task'] == name for want in todo)}
+    data = {name: {} for name in dict.fromkeys(want['task'] for want in todo)}
     for name in data:  # all of it before any training
-        for split, (where, rows) in find_splits(name).items():
+        for split, (where, rows) in splits_of(name).items():
             if split != 'train' and max_eval:
                 rows = itertools.islice(rows, max_eval)
-            data[name][split] = encode_rows(name, split, where, rows, tokenizer, tokens)
+            data[name][split] = encode(name, split, where, rows, tokenizer, tokens)
+    if broken_rows:
+        common.say(f'left out: {len(broken_rows)} rows of {", ".join(sorted({*broken_rows}))} '
+                   'that have more or fewer values than columns')
 
     if world > 1:
         on = common.join_processes(on)
-    say(f'{source}: chunks {base.cfg.chunks}, {base.num_params()[0]:,} parameters, tokenizer {tokenizer.name!r}; '
-        f'{on} x {world}, {precision}; at most {tokens} tokens')
-
+    common.say(f'{source}: chunks {base.cfg.chunks}, {base.num_params()[0]:,} parameters, '
+               f'tokenizer {tokenizer.name!r}; {on} x {world}, {precision}; at most {tokens} tokens')
     for want in todo:
-        name, s, size, began = want['task'], want['seed'], want['batch_size'], time.time()
-        t, (ids, labels, where, _) = TASKS[name], data[name]['train']
-        if max_train:
-            chosen = np.random.default_rng([s, 0]).permutation(len(ids))[:max_train].tolist()
-            ids, labels = [ids[i] for i in chosen], labels[chosen]
-        steps = want['max_steps'] or want['epochs'] * math.ceil(len(ids) / size)
-        say(f'\n{name}, seed {s}: {len(ids):,} examples from {where}, {steps:,} steps of {size}. The first three:')
-        for i in epoch_order(len(ids), s, 0)[:3]:
-            label = labels[i].item()
-            say(f'  {t.labels[label] if t.labels else label} | {tokenizer.decode(ids[i].tolist())}')
-
-        torch.manual_seed(s)
-        model, head = copy.deepcopy(base).to(on), torch.nn.Linear(base.cfg.n_embd, len(t.labels) or 1)
-        torch.nn.init.normal_(head.weight, std=0.02)
-        torch.nn.init.zeros_(head.bias)
-        head.to(on)
-        last = dict(pad_id=tokenizer.eot_token, bf16=precision == 'bfloat16')
-        loss = fine_tune(model, head, ids, labels, steps, size, s, **last, desc=f'{name}, seed {s}, training')
-
-        usual = labels.bincount().argmax() if t.labels else labels.mean()
-        result = dict(task=name, seed=s, figures={}, baseline={}, baseline_predicts=usual.item(), predictions=[])
-        for figure, split in t.splits.items():
-            gold = data[name][split].labels
-            predicted = evaluate(model, head, data[name][split], **last, desc=f'{name}, seed {s}, {split}')
-            result['figures'][figure] = scores(t.metric, predicted, gold)
-            result['baseline'][figure] = scores(t.metric, usual.expand(len(gold)), gold)
-            say(f'{figure}: ' + ', '.join(f'{k} {v:.2f}' for k, v in result['figures'][figure].items())
-                + f'; always predicting {usual.item():.4g}: {result["baseline"][figure]["score"]:.2f}')
-            if (test := split.replace('validation', 'test')) in data[name]:
-                predicted = evaluate(model, head, data[name][test], **last, desc=f'{name}, seed {s}, {test}')
-                split = test
-            path = os.path.join(folder, f'predictions_seed{s}', figure + '.tsv' if split == test else
-                                f'{figure}.{split}.tsv')  # the server takes the former
-            result['predictions'].append(path)
-            if is_main:
-                write_predictions(path, name, predicted)
-        result['splits'] = {split: dict(source=e.source, examples=len(ids if split == 'train' else e.ids),
-                                        truncated=e.truncated) for split, e in data[name].items()}
-        result['settings'] = {**want, 'source': source, 'micro_batch': micro_batch, 'device': on, 'processes': world}
-        result.update(steps=steps, train_loss=loss, labels=t.labels, model_config=asdict(base.cfg),
-                      torch=str(torch.__version__), seconds=round(time.time() - began, 1))
-        if is_main and save:
-            with common.atomic_write(os.path.join(folder, f'{name}_seed{s}.pt')) as f:
-                torch.save(dict(result, model=model.state_dict(), head=head.state_dict(),
-                                meta=dict(tokenizer=tokenizer.name)), f)
-        if is_main:  # last, and whole: where this file is, the others are
-            with common.atomic_write(finished(folder, want)[1]) as f:
-                f.write(json.dumps(result, indent=2).encode() + b'\n')
+        run_task(want, base, tokenizer, data[want['task']], folder, on)
 
     if is_main:
-        found = [finished(folder, want) for want in plan]
-        table = markdown([result for result, _, other in found if result and not other], seeds, source)
-        with common.atomic_write(os.path.join(folder, 'results.md')) as f:
-            f.write(table.encode())
-        say(f'\n{table}\n{folder}/results.md')
+        found = [common.read_result(result_path(folder, want), want) for want in plan]
+        how = (f'Learning rate {learning_rate}, warm-up over {warmup:.0%} of the steps, at most '
+               f'{tokens} tokens, {precision}.')
+        table = markdown([r for r, other in found if r and not other], seeds, source, how)
+        common.write_text(os.path.join(folder, 'results.md'), table)
+        common.say(f'\n{table}\n{folder}/results.md')
     if world > 1:
         common.leave_processes()
 

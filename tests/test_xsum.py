@@ -1,13 +1,16 @@
 """finetune_xsum.py as a user runs it, on toy pairs: a few words, of which the first two are the summary."""
 import csv
+import fcntl
 import json
 import os
 import random
 import runpy
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
+import time
 from dataclasses import asdict
 
 import datasets
@@ -38,7 +41,7 @@ def pairs(n, seed):
 def write(path, rows):
     table = datasets.Dataset.from_list(list(rows))
     {'jsonl': table.to_json, 'parquet': table.to_parquet, 'csv': table.to_csv,
-     'tsv': lambda p: table.to_csv(p, sep='\t')}[str(path).rsplit('.')[-1]](str(path))
+     'tsv': lambda p: table.to_csv(p, sep='\t', quoting=csv.QUOTE_NONE)}[str(path).rsplit('.')[-1]](str(path))
 
 
 def long_pair(n):  # too long for 96 tokens by far, with a summary longer than 12
@@ -67,14 +70,13 @@ def toy(folder, split, n=None):
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch, tmp_path_factory):
-    monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path_factory.getbasetemp() / 'hf')
+def quiet(monkeypatch):
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # the script's own goes with the test
 
 
-def command(*args, ranks=1, cache=None):
+def command(*args, ranks=1):
     launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks > 1 else []
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'HF_DATASETS_CACHE': str(cache)}
+    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
     done = subprocess.run([sys.executable, *launch, SCRIPT, *map(str, args)], cwd=common.ROOT, env=env,
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
@@ -128,7 +130,7 @@ def trained(folder, tmp_path_factory):
     out = tmp_path_factory.mktemp('trained') / 'run'
     stdout = command(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={out}',
                      '--epochs=6', '--batch_size=16', '--micro_batch=16', '--learning_rate=4e-3', '--max_new_tokens=24',
-                     '--paper_row=MoM_P small', '--device=cpu', cache=folder / 'hf')
+                     '--paper_row=MoM_P small', '--device=cpu')
     return out, stdout
 
 
@@ -271,9 +273,15 @@ def test_the_article_is_cut_never_the_summary(folder, tmp_path):
         assert example.first == article + 7
         assert example.prompt.tolist() == [*b'm' * min(n, 96 - 7 - 20), *SEP]  # and it knows nothing of the summary
     write(tmp_path / 'test.jsonl', [*data, dict(document='m', summary='s' * 87, id=0)])
-    assert 'test.jsonl, row 37 has a summary of 89 tokens: with the separator it does not fit into 96.' in fails(
-        f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path}', f'--out_dir={tmp_path / "new"}', '--epochs=0',
-        '--max_new_tokens=20')
+    args = [f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path}', f'--out_dir={tmp_path / "new"}',
+            '--epochs=0', '--max_new_tokens=20']
+    sentence = fails(*args)
+    assert '1 of 37 rows do not fit into the 96 tokens' in sentence
+    assert 'test.jsonl, row 37, of 89 tokens' in sentence and 'Take weights with a longer block_size' in sentence
+    write(tmp_path / 'test.jsonl', [dict(document='m', summary='s' * 90, id=0), *data, *data[:2]] * 3)
+    sentence = fails(*args)
+    assert '3 of 117 rows do not fit' in sentence and 'row 1, of 92 tokens' in sentence
+    assert '1 of 5 rows do not fit' in fails(*args, '--max_eval=5')
 
 
 # ----------------------------------------------------------------------------- generation and scores
@@ -391,7 +399,7 @@ def test_two_processes_equal_one(folder, tmp_path):
     args = [f'--source={folder / "mom.pt"}', f'--data_dir={folder / "toy"}', *ONE]
     run(*args, f'--out_dir={tmp_path / "one"}')
     stdout = command(*args, f'--out_dir={tmp_path / "two"}', '--gen_batch=2', '--micro_batch=3', '--device=cpu',
-                     ranks=2, cache=folder / 'hf')
+                     ranks=2)
     assert 'cpu x 2' in stdout and stdout.count('held-out loss, nats') == 1
     for a, b in zip(log(tmp_path / 'one'), log(tmp_path / 'two'), strict=True):  # in the last, one rank has no pair
         assert a['loss'] == pytest.approx(b['loss'], rel=1e-4) and a['norm'] == pytest.approx(b['norm'], rel=1e-3)
@@ -430,6 +438,35 @@ def test_seeds(folder, tmp_path, monkeypatch):
             assert mean[i] == pytest.approx(sum(three) / 3)
             assert std[i] == pytest.approx((sum((x - mean[i]) ** 2 for x in three) / 2) ** 0.5, abs=1e-9)
         assert f'| {mean[0]:.2f} ± {std[0]:.2f} |' in (tmp_path / 'results.md').read_text() and std[0] > 0.1
+
+
+# ----------------------------------------------------------------------------- what is said
+
+def test_what_is_cut_and_what_is_empty_is_said(folder, tmp_path, monkeypatch, capsys):
+    def generate(self, idx, max_new_tokens, lengths, **how):  # empty, but for the first, the longest
+        out = torch.full((len(idx), idx.size(1) + max_new_tokens), 256)
+        out[0, lengths[0]:lengths[0] + 3] = torch.tensor([*b'cat'])
+        return out
+
+    monkeypatch.setattr(GPT, 'generate', generate)
+    run(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path}', *ONE,
+        '--warmup=0.4')
+    stdout, report = capsys.readouterr().out, (tmp_path / 'results.md').read_text()
+    for text in (stdout, report):  # the first 21 and 6 rows hold one long pair each
+        assert 'articles: train truncated 1 of 21; test truncated 1 of 6 (warning: 17%' in text
+        assert '- summaries that are empty: 5 of 6\n' in text
+    assert 'learning rate 0.001, warm-up over 40% of the steps, float32\n' in report
+    assert 'pairs of at most 96 tokens' in report
+    assert result(tmp_path)['truncated'] == dict(train=1, eval=1) and result(tmp_path)['runs'][0]['empty'] == 5
+
+
+def test_a_summary_leaves_less_room_in_training_than_in_a_prompt(folder, tmp_path):
+    """An article can fit into the prompt and be cut beside its own summary, and the other way round."""
+    rows = [dict(document='m' * 60, summary='s' * 40, id=0), dict(document='m' * 80, summary='s', id=1)]
+    write(tmp_path / 'test.jsonl', rows)
+    seen = run(f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path}', f'--out_dir={tmp_path / "run"}',
+               '--epochs=0', '--max_new_tokens=20')['held_out']
+    assert [(e.cut, e.prompt_cut) for e in seen] == [(True, False), (False, True)]
 
 
 # ----------------------------------------------------------------------------- stopping and going on
@@ -514,7 +551,7 @@ def test_another_run_in_the_same_folder_is_refused(folder, tmp_path, monkeypatch
     inside = f'--source={out / "seed1"}'
     assert 'overwrite=True empties' in fails(*args, inside, '--overwrite=True')
     (out / 'run.json').write_text('{')
-    assert 'run.json is broken' in fails(*args)
+    assert 'run.json is not a result of this script' in fails(*args)
     (out / 'run.json').unlink()  # as in a folder of something else's
     assert 'it is of something else' in fails(*args, inside)
     assert len(log(out)) == 3 and [row['id'] for row in summaries(out)] == [f'77-{i}' for i in range(6)]
@@ -527,12 +564,61 @@ def trained_weights(folder, tmp_path):
     return tmp_path / 'other.pt'
 
 
+def test_ctrl_c_keeps_whole_epochs_and_says_so(folder, tmp_path):
+    args = [f'--source={folder / "mom.pt"}', f'--data_dir={folder / "toy"}', *ONE, '--epochs=30', '--device=cpu']
+    run(*args, f'--out_dir={tmp_path / "whole"}')
+    out = tmp_path / 'out'
+    process = subprocess.Popen([sys.executable, SCRIPT, *args, f'--out_dir={out}', '--overwrite=True'],
+                               cwd=common.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (out / 'seed1' / 'last.pt').exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate()[1]
+    assert process.returncode == 130, stderr
+    assert 'Traceback' not in stderr and stderr.splitlines()[-1].endswith(
+        f'{out} keeps the whole epochs and the summaries that are made: the same '
+        'command goes on there, without --overwrite')
+    assert 1 <= torch.load(out / 'seed1' / 'last.pt', weights_only=True)['epoch'] < 30
+    run(*args, f'--out_dir={out}')
+    whole, broken = (torch.load(path / 'seed1' / 'last.pt', weights_only=True) for path in (tmp_path / 'whole', out))
+    assert all(torch.equal(w, broken['model'][key]) for key, w in whole['model'].items())
+    assert whole['losses'] == broken['losses'] and summaries(tmp_path / 'whole') == summaries(out)
+
+
+def test_two_runs_do_not_share_a_folder(folder, tmp_path):
+    args = [f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path}', *ONE]
+    with open(tmp_path / '.lock', 'w') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as another process does
+        assert f'another run is at work in {tmp_path}' in fails(*args)
+        assert os.listdir(tmp_path) == ['.lock']
+    run(*args)
+
+
+def test_a_place_that_takes_no_results_is_found_first(folder, tmp_path):
+    (tmp_path / 'file').touch()
+    with pytest.raises(NotADirectoryError):  # of which common.py makes a sentence
+        run(f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path / "nowhere"}',
+            f'--out_dir={tmp_path}/file/run')
+
+
+def test_no_fp64_is_made_on_the_device(folder, tmp_path, monkeypatch):
+    make = torch.tensor
+
+    def watched(*args, **kwargs):
+        assert kwargs.get('dtype') != torch.float64
+        return make(*args, **kwargs)
+
+    monkeypatch.setattr(torch, 'tensor', watched)
+    run(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path}', *ONE)
+
+
 # ----------------------------------------------------------------------------- data
 
 @pytest.mark.parametrize('ending', ['parquet', 'csv', 'tsv'])
 def test_every_format_is_read_alike(ending, folder, tmp_path):
-    rows = [dict(document='A "quoted", text\nof two\tlines', summary='NA', id='007'),
-            dict(document='null', summary='2', id='08'), *pairs(3, 9)]
+    text = '"Quoted", it begins' if ending == 'tsv' else 'A "quoted", text\nof two\tlines'  # a row is a line
+    rows = [dict(document=text, summary='NA', id='007'), dict(document='null', summary='2', id='08'),
+            dict(document='"A', summary='"B', id='2019-05-01'), *pairs(3, 9)]
     for name in ('jsonl', ending):
         (tmp_path / name).mkdir()
         write(tmp_path / name / f'test.{name}', rows)
@@ -540,7 +626,7 @@ def test_every_format_is_read_alike(ending, folder, tmp_path):
             f'--out_dir={tmp_path / name / "run"}')
     assert result(tmp_path / 'jsonl' / 'run')['data_sha256'] == result(tmp_path / ending / 'run')['data_sha256']
     assert summaries(tmp_path / 'jsonl' / 'run') == summaries(tmp_path / ending / 'run')
-    assert [row['id'] for row in summaries(tmp_path / ending / 'run')][:2] == ['007', '08']
+    assert [row['id'] for row in summaries(tmp_path / ending / 'run')][:3] == ['007', '08', '2019-05-01']
 
 
 def test_one_file_is_cut_into_three(folder, tmp_path):
@@ -566,12 +652,13 @@ def test_the_hub(folder, tmp_path, monkeypatch):
     def unreachable(*args, **kwargs):
         raise ConnectionError('no route')
 
-    def hub(name, split):
+    def hub(name, config, split, streaming):
+        assert config is None and not streaming
         asked.append((name, split))
         return datasets.Dataset.from_list([dict(document=' ', summary='x', id='none'), *pairs(22, len(split))])
 
     monkeypatch.setattr(datasets, 'load_dataset', unreachable)
-    assert 'EdinburghNLP/xsum could not be had from the Hub (no route): give local files, --data_dir=' in fails(*args)
+    assert 'EdinburghNLP/xsum could not be loaded (no route): give local files, --data_dir=' in fails(*args)
     assert not os.listdir(tmp_path)
     monkeypatch.setattr(datasets, 'load_dataset', hub)
     run(*args)
@@ -581,35 +668,80 @@ def test_the_hub(folder, tmp_path, monkeypatch):
     assert [row['id'] for row in summaries(tmp_path)] == [f'4-{i}' for i in range(6)]  # max_eval counts what is used
 
 
+def test_a_file_that_was_replaced_is_read_anew(folder, tmp_path):
+    path = tmp_path / 'data' / 'test.jsonl'
+    args = [f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path / "data"}', '--epochs=0', '--max_new_tokens=2']
+    path.parent.mkdir()
+    for word in ('cat', 'dog'):
+        write(path, [dict(document=f'a {word} sat', summary=word, id='2019-05-01')])
+        os.utime(path, (1_700_000_000, 1_700_000_000))  # the same time for both
+        run(*args, f'--out_dir={tmp_path / word}')
+        row, = summaries(tmp_path / word)
+        assert (row['id'], row['reference'], row['document']) == ('2019-05-01', word, f'a {word} sat')
+    assert result(tmp_path / 'cat')['data_sha256'] != result(tmp_path / 'dog')['data_sha256']
+
+
+def test_local_files_need_no_datasets_and_no_home(folder, tmp_path, monkeypatch):
+    def refused(*args, **kwargs):
+        raise AssertionError('datasets was asked')
+
+    monkeypatch.setattr(datasets, 'load_dataset', refused)
+    for ending in ('jsonl', 'parquet', 'csv', 'tsv'):
+        data = tmp_path / ending
+        data.mkdir()
+        write(data / f'test.{ending}', pairs(3, 9))
+        run(f'--source={folder / "vanilla.pt"}', f'--data_dir={data}', f'--out_dir={data}/run', '--epochs=0',
+            '--max_new_tokens=2')
+
+
+def test_the_shards_of_the_hub_are_read_as_they_are(folder, tmp_path):
+    rows = list(pairs(9, 9))
+    for n in range(3):
+        write(tmp_path / f'test-{n:05}-of-00003.parquet', rows[3 * n:3 * n + 3])
+    args = [f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path}', '--epochs=0', '--max_new_tokens=2']
+    run(*args, f'--out_dir={tmp_path / "run"}')
+    assert [row['id'] for row in summaries(tmp_path / 'run')] == [row['id'] for row in rows]
+    (tmp_path / 'test-00002-of-00003.parquet').unlink()
+    assert 'is one of 3 shards, but 2 are there' in fails(*args, f'--out_dir={tmp_path / "again"}')
+
+
 GOOD = '{"document": "a cat", "summary": "cat", "id": 1}\n'
 
 
 @pytest.mark.parametrize('name, text, message', [
-    ('test.jsonl', '', 'test.jsonl is empty or cannot be read'), ('test.jsonl', '\n\n', 'test.jsonl is empty or'),
-    ('test.csv', 'document,summary,id\n', 'test.csv is empty or'), ('test.parquet', 'no', 'cannot be read as parquet'),
-    ('test.jsonl', GOOD + '{"document": "a', 'cannot be read as jsonl in UTF-8'),
-    ('test.csv', b'document,summary\ncaf\xe9,x\n', 'cannot be read as csv in UTF-8'),
-    ('test.jsonl', '{"article": "a cat", "summary": "cat"}\n', "no column 'document', only article, summary"),
-    ('test.csv', 'document,text\na,b\n', "no column 'summary', only document, text"),
+    ('test.jsonl', '', 'test.jsonl leaves no row for test'), ('test.jsonl', '\n\n', 'test.jsonl leaves no row'),
+    ('test.csv', 'document,summary,id\n', 'test.csv leaves no row'),
+    ('test.parquet', 'no', 'test.parquet, row 1 cannot be read'),
+    ('test.jsonl', GOOD + '{"document": "a', 'test.jsonl, row 2 cannot be read'),
+    ('test.jsonl', GOOD + '\n[]', 'test.jsonl, row 3 cannot be read (it is no object'),
+    ('test.csv', b'document,summary\na,b\ncaf\xe9,x\n', 'test.csv, row 2 cannot be read'),
+    ('test.csv', 'document,summary\na,b\n"c"d,e\n', 'test.csv, row 2 cannot be read'),
+    ('test.jsonl', '{"article": "a cat", "summary": "cat"}\n',
+     "row 1 has no text in 'document', its columns are article, summary"),
+    ('test.csv', 'document,text\na,b\n', "row 1 has no text in 'summary', its columns are document, text"),
     ('test.jsonl', GOOD + '{"document": "a cat", "summary": " "}\n', "row 2 has no text in 'summary'"),
     ('test.jsonl', GOOD + GOOD + '{"summary": "a cat"}\n', "row 3 has no text in 'document'"),
-    ('test.jsonl', '{"document": 5, "summary": "cat"}\n', "row 1 has no text in 'document': repair"),
-    ('test.csv', 'document,summary,id\na, b,c,d\n', 'more fields than its header'),
-    ('tset.jsonl', GOOD, 'test.tsv: there is none'), ('test.txt', GOOD, 'give exactly one of')])
+    ('test.jsonl', '{"document": 5, "summary": "cat"}\n', "row 1 has no text in 'document'"),
+    ('test.jsonl', '{"document": "\\ud83d", "summary": "cat"}\n', "row 1 has no text in 'document'"),
+    ('test.csv', 'document,summary,id\na, b,c,d\n', 'row 1 cannot be read (it has more or fewer values'),
+    ('test.tsv', 'document\tsummary\na\tb\n"c\td\te"\n', 'test.tsv, row 2 cannot be read'),
+    ('tset.jsonl', GOOD, 'has no split test: it holds tset.jsonl; give one of test.jsonl, test.parquet, test.csv'),
+    ('test.txt', GOOD, 'has no split test: it holds test.txt; give one of')])
 def test_bad_files(name, text, message, folder, tmp_path):
-    (tmp_path / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    (tmp_path / 'data').mkdir()
+    (tmp_path / 'data' / name).write_bytes(text if isinstance(text, bytes) else text.encode())
     args = [f'--source={folder / "vanilla.pt"}', f'--out_dir={tmp_path / "run"}', '--epochs=0', '--max_new_tokens=2']
-    sentence = fails(*args, f'--data_dir={tmp_path}')
-    assert message in sentence and str(tmp_path) in sentence and not (tmp_path / 'run').exists()
+    sentence = fails(*args, f'--data_dir={tmp_path / "data"}')
+    assert message in sentence and str(tmp_path) in sentence and not any((tmp_path / 'run').glob('*'))
 
 
 def test_two_files_of_one_split_and_wrong_endings(folder, tmp_path):
     args = [f'--source={folder / "vanilla.pt"}', f'--out_dir={tmp_path / "run"}', '--epochs=0', '--max_new_tokens=2']
     for name in ('test.jsonl', 'test.csv', 'all.txt', 'one.jsonl'):
-        (tmp_path / name).write_text(GOOD)
-    assert 'test.jsonl and ' in fails(*args, f'--data_dir={tmp_path}')
-    assert 'unknown ending' in fails(*args, f'--data_file={tmp_path / "all.txt"}')
-    assert 'nothing.csv: there is none' in fails(*args, f'--data_file={tmp_path / "nothing.csv"}')
+        (tmp_path / name).write_text(GOOD if name.endswith('jsonl') else 'document,summary\na,b\n')
+    assert 'test.jsonl are the same split: keep one' in fails(*args, f'--data_dir={tmp_path}')
+    assert 'all.txt is no file with one of the endings .jsonl, ' in fails(*args, f'--data_file={tmp_path / "all.txt"}')
+    assert 'nothing.csv is no file' in fails(*args, f'--data_file={tmp_path / "nothing.csv"}')
     assert 'no row for test: give more rows or other shares' in fails(*args, f'--data_file={tmp_path / "one.jsonl"}')
 
 
@@ -628,7 +760,7 @@ def test_rows_without_text_can_be_left_out(folder, tmp_path):
     (['--eval_split=train'], 'one of test, validation'), (['--data_file=x.csv'], 'are both given'),
     (['--split=0.5,0.5'], 'three shares'), (['--split=0.5,0.5,0.5'], 'three shares'), (['--split=a,1,0'], 'as 0.8,'),
     (['--split=0.8,0.1.0,0.1'], 'three shares'),
-    (['--paper_row=MoM_P tiny'], 'MoM_P small'), (['--dtype=float16'], 'one of auto, bfloat16, float32'),
+    (['--paper_row=MoM_P tiny'], 'MoM_P small'), (['--dtype=float16'], "one of 'auto', 'bfloat16', 'float32'"),
     (['--max_new_tokens=89'], 'take fewer --max_new_tokens'), (['--source=nowhere'], 'nowhere')])
 def test_bad_settings(args, message, folder, tmp_path):
     assert message in fails(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', '--max_new_tokens=2',
