@@ -21,7 +21,7 @@ TOKENIZERS = {name: common.tokenizer(name) for name in ('gpt2', 'bytes')}
 DOCUMENTS = ['Four score — and seven\r\n years\t😀 ', 'x', 'the text <|endoftext|> is text\n\n', '\n \n',
              'ünïcode ' * 300, ' 日本語の文章。' * 50, "It's  1,024\u00a0tokens\u2028", '\ufeffmark', 'last\r']
 
-SETTINGS = ('dataset', 'field', 'hub_id', 'tokenizer', 'out_dir', 'val_tokens', 'seed', 'workers')
+SETTINGS = ('dataset', 'field', 'tokenizer', 'out_dir', 'val_tokens', 'seed', 'workers', 'split_on', 'hub_config', 'hub_split', 'hub_stream')
 
 
 def run(*args, cwd=None, fails=False, **env):
