@@ -53,6 +53,7 @@ PIECE = 1 << 20    # characters of text, or ids, that are held at a time
 LONGEST = 4 << 20  # characters without whitespace before a text is cut inside a word: 60 bytes for each
 ENDINGS = re.compile(r'[.](txt([.](gz|zst))?|jsonl([.](gz|zst))?|parquet)$', re.IGNORECASE)
 KINDS = '.txt, .jsonl (also .gz or .zst of these) and .parquet'
+MOST_VAL = 4_000_000
 OPENWEBTEXT = 'Skylion007/openwebtext'
 
 # ----------------------------------------------------------------------------- reading
@@ -446,7 +447,7 @@ def write(tokens, out, source, tok, ends, text_bytes):
         raise ValueError(f'no text in {source}: all documents are empty')
     total = ends[-1]
     share = max(2, total // 20)
-    count = val_tokens or min(4_000_000, share)
+    count = val_tokens or min(MOST_VAL, share)
     if not 2 <= count <= total - 2:
         fix = f'try --val_tokens={share}' if total >= 4 else 'give more text'
         raise ValueError(f'val_tokens={count:,} of {total:,} tokens leave a split with fewer than 2: {fix}')

