@@ -127,12 +127,13 @@ def whole(parts, path):
     """The chunks of a text as one document."""
     before = ''
     for chunk in parts:
-        if not marked and common.EOT in before + chunk:
+        before += chunk
+        if not marked and common.EOT in before:
             marked.append(path)
             again = common.command('python', 'prepare.py', *sys.argv[1:], f'--split_on={common.EOT}')
             tqdm.write(f'note: {path} has {common.EOT} in its text. It is taken as text. If it stands '
                        f'between documents, stop this and run: {again}', file=sys.stderr)
-        before = chunk[-len(common.EOT):]
+        before = before[-len(common.EOT):]
         yield chunk, False
     yield '', True
 
