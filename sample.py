@@ -293,6 +293,7 @@ def main():
 
     tokenizer = common.tokenizer_of(source)
     model = GPT.from_pretrained(source).to(where).cast(getattr(torch, dtype)).eval()
+    common.check_vocabulary(source, tokenizer, model.cfg.vocab_size)
     text = read_prompt()
     ids = tokenizer.encode_ordinary(text) or [tokenizer.eot_token]  # it stands before a document
     idx = torch.tensor([ids], device=where)

