@@ -1,6 +1,8 @@
 """analyze.py: numbers against plain counting, exchanged routes against the dense loops, the page against a parser."""
 import json
 import math
+import os
+import re
 from collections import Counter
 from dataclasses import asdict
 from html.parser import HTMLParser
@@ -175,22 +177,33 @@ def test_kinds_of_tokens():
 class Reader(HTMLParser):
     def __init__(self):
         super().__init__()
-        self.depth, self.texts, self.titles, self.linked = 0, [], [], []
+        self.depth, self.texts, self.titles, self.linked, self.scripts = 0, [], [], [], []
+        self.in_script = False
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
-        if tag == 'div':
+        self.in_script = tag == 'script'
+        if attrs.get('class') == 'text':
             self.depth, self.texts, self.titles = 1, [*self.texts, ''], [*self.titles, []]
         elif tag == 'span' and self.depth:
             self.titles[-1].append(attrs['title'])
-        self.linked += [tag] * (tag in ('script', 'link', 'img') or 'src' in attrs or 'href' in attrs)
+        inside = attrs.get('xlink:href', '#').startswith('#')
+        self.linked += [tag] * (tag in ('link', 'img') or 'src' in attrs or 'href' in attrs or not inside)
 
     def handle_endtag(self, tag):
         self.depth = 0 if tag == 'div' else self.depth
+        self.in_script = False
 
     def handle_data(self, data):
+        self.scripts += [data] * self.in_script
         if self.depth:
             self.texts[-1] += data
+
+
+def long(route):
+    """What analyze.short makes short."""
+    parts = [part.partition(' ×') for part in route.split(', ')]
+    return ', '.join(name for name, _, n in parts for _ in range(int(n or 1)))
 
 
 def checkpoint(folder, **kw):
@@ -231,9 +244,15 @@ def test_the_command_draws_and_writes_what_it_says(tmp_path):
     n = (len(ids) - 1) // 32 * 32  # whole sequences
     whole = bytes(ids[:min(n, 200)])
     assert reader.texts == [whole.decode(errors='ignore')] * 2 and '<' in reader.texts[0]
-    assert reader.linked == [] and [len(t) for t in reader.titles] == [200, 200] and len(page) < 100_000
+    assert reader.linked == [] and 'http' not in page and [len(t) for t in reader.titles] == [200, 200]
+    assert len(re.sub('<svg.*?</svg>', '', page)) < 100_000 and len(page) < 400_000
+    with open(os.path.join(common.ROOT, 'report.html')) as f:  # the one script is the page's own
+        assert len(reader.scripts) == 1 and f'<script>{reader.scripts[0]}</script>' in f.read()
     assert page.count('<hr>') == 2 * 6  # seven sequences
-    assert set(reader.titles[0][:5]) and all(t.count(',') == 2 for t in reader.titles[0])
+    for titles, one in zip(reader.titles, analysis['chunks']):
+        routes = [long(title) for title in titles]
+        assert all(route.count(',') == 2 for route in routes)
+        assert {route['route'] for route in one['routes']} & set(routes)
 
 
 @pytest.mark.parametrize('system', ['mod', 'moe', 'early_exit'])
@@ -253,7 +272,7 @@ def test_mistakes(tmp_path):
     (tmp_path / 'latin.txt').write_bytes(b'\xe9')
     for args, message in [([without], 'has no routers'), ([source, '--tokens=0'], 'tokens=0 must be at least 1'),
                           ([source, f'--text={tmp_path}/empty.txt'], 'too few to look at'),
-                          ([source, f'--text={tmp_path}/latin.txt'], 'cannot be read as UTF-8'),
+                          ([source, f'--text={tmp_path}/latin.txt'], 'is not UTF-8'),
                           ([source, f'--data_dir={tmp_path}'], 'no text at'),
                           ([source, f'--curves={tmp_path}'], 'has no log.csv'),
                           ([source, f'--curves={tmp_path}/new'], 'has no finished steps yet'),
