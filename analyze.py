@@ -430,8 +430,8 @@ SAID = {  # what each picture shows
     'transitions': 'What follows on what. In a node: the share of tokens that take it, as a mean over '
                    'the steps. At an arrow: of those who took the module it leaves, the share that take '
                    'the other at the next step; it is wider the larger that share, and darker the more '
-                   'tokens go that way. Where a token takes k at a step, each counts 1/k. Ways with '
-                   'less than 1% of all traffic are left out.',
+                   'tokens go that way. Where a token takes k at a step, each counts 1/k. Left out are '
+                   'arrows with less than 1% of all traffic, and numbers with less than 2% or below 0.15.',
     'skips': 'Who selects SKIP: the share of tokens, by the step, by the kind of token (below it, how '
              'many of that kind were looked at), and by the place in the sequence.',
     'curves': 'Thin: the training loss, as a running mean. Points: the validation loss. Values off the '
@@ -487,7 +487,7 @@ def drawing(panel):
     svg = re.sub(r'<g id="[^"]*"', '<g', svg)
     svg = re.sub(r'(\.\d\d)\d+', r'\1', re.sub(r'\s*\n\s*', ' ', svg))
     svg = svg.replace(INK, 'currentColor').replace(PAPER, 'var(--paper)')
-    return f'<svg {box} style="width:{width:.1f}in">{svg}'
+    return f'<svg {box} style="width:{width:.2f}in;min-width:{0.7 * width:.2f}in">{svg}'
 
 
 def title(one):
@@ -547,7 +547,7 @@ def draw_transitions(chunks):
 
 def places(n):
     """Where n nodes of radius 0.21 stand (n, 2): on a circle, so wide that the arrows between them show."""
-    radius = max(1, 0.44 / np.sin(np.pi / n))
+    radius = max(1, 0.55 / np.sin(np.pi / n))
     angle = np.pi / 2 - 2 * np.pi * np.arange(n) / n
     return radius * np.stack([np.cos(angle), np.sin(angle)], 1)
 
@@ -569,13 +569,14 @@ def draw_graph(one, axis):
             place = at[i] + 0.52 * out[i]
         else:
             # To the right of the straight line, so that there and back are two arrows. The number
-            # stands on its arrow, near the beginning: in the middle others cross it.
+            # stands on its arrow, at t of the way, near the beginning: in the middle others cross it.
             axis.add_patch(matplotlib.patches.FancyArrowPatch(
                 at[i], at[j], connectionstyle='arc3,rad=0.14', arrowstyle='-|>', mutation_scale=9,
                 patchA=nodes[i], patchB=nodes[j], shrinkA=1, shrinkB=2, **style))
             way = at[j] - at[i]
-            place = at[i] + 0.28 * way + 0.056 * np.array([way[1], -way[0]])
-        if p >= 0.15:
+            t = max(0.28, 0.4 / np.linalg.norm(way))
+            place = at[i] + t * way + 0.28 * t * (1 - t) * np.array([way[1], -way[0]])
+        if p >= 0.15 and part >= 0.02:
             axis.text(*place, f'{p:.2f}', fontsize=7, ha='center', va='center', zorder=2,
                       bbox=dict(boxstyle='round,pad=0.1', fc=PAPER, ec='none', alpha=0.8))
     for (x, y), s, name in zip(at, share, names):
@@ -811,12 +812,12 @@ HOW = {  # what a stranger needs to know of a model
     'early_exit': 'In every chunk of several layers routers decide, for every token by itself, whether '
                   'it takes the attention (MHA) and the feed-forward module (FFN) of a layer. Who skips '
                   'one skips all that follow.',
-    'moe': 'Every layer has {experts} feed-forward modules (FFN), and a router chooses {K} of them for '
-           'every token by itself.',
+    'moe': 'Every layer, a chunk of one, has {experts} feed-forward modules (FFN), and a router chooses '
+           '{K} of them for every token by itself.',
     'moe_share': 'The feed-forward modules (FFN) of a chunk of several layers are in one pool, and at '
                  'each layer a router chooses {K} of them, for every token by itself.',
-    'mod': 'At every other layer a router decides, for every token by itself, whether it goes through '
-           'the block of that layer or passes it by (SKIP).'}
+    'mod': 'At every other layer, a chunk of one, a router decides, for every token by itself, whether '
+           'it goes through the block of that layer or passes it by (SKIP).'}
 CAN_SKIP = ' SKIP is a choice too: to take one module less.'
 
 
