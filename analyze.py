@@ -400,11 +400,11 @@ def conclusion(own, base):
     if not base or own['steps'] != base['steps']:
         return ''
     (a, b), unit = last_losses(own, base)
+    where = f'{abs(a - b):.3f} {"below" if a < b else "above"}'
     times = own['mflops'] / base['mflops']
-    return (f'After {own["steps"]:,} steps on the same batches {own["name"]} is at {a:.3f} {unit}, and '
-            f'vanilla ({base["name"]}) at {b:.3f}: {abs(a - b):.3f} {"below" if a < b else "above"} it. '
-            f'It costs {own["mflops"]:.2f} MFLOPs per token, {times:.2f} times the {base["mflops"]:.2f} '
-            'of vanilla, so this is a comparison of equal steps, not of equal cost.')
+    return (f'After {own["steps"]:,} steps on the same batches {own["name"]} is at {a:.3f} {unit}, {where} '
+            f'vanilla ({base["name"]}, {b:.3f}). A token costs it {own["mflops"]:.2f} MFLOPs, {times:.2f} '
+            f'times the {base["mflops"]:.2f} of vanilla: the steps are equal here, the cost is not.')
 
 
 def last_losses(*runs):
@@ -766,7 +766,7 @@ def coloured(texts, kinds, T, named, chunks, mark):
     classes, shown = [], []
     for text, begin, kind in zip(texts, begins, kinds):
         classes.append(' s' * (begin in single) + ' w' * (mark and KINDS[kind] == 'word begins'))
-        shown.append(html.escape(text).replace('\n', '<b></b>\n'))
+        shown.append(html.escape(text).replace('\n', '<b></b>\n').replace('\r', '<i></i>'))  # marks
     parts = []
     for n, one in enumerate(chunks):
         number, names = named[one['chunk'], one['kind']]
@@ -850,7 +850,7 @@ def main():
     if seed < 0:
         raise ValueError(f'seed={seed} must be at least 0')
     again = common.command('python', *sys.argv)
-    common.if_stopped = f'stopped; nothing was written. Begin anew with {again}'
+    common.if_stopped = f'Nothing is written. Begin anew with {again}'
     where = common.find_device(device)
     model = GPT.from_pretrained(source).to(where).eval()
     cfg = model.cfg
@@ -870,14 +870,16 @@ def main():
     said = conclusion(own, base) if own else ''
     written = sample(model, tokenizer, idx[0].tolist(), where)
 
-    common.if_stopped = f'stopped; some files in {out_dir} are new, some old. Begin anew with {again}'
+    common.if_stopped = f'Some files in {out_dir} are new, some old. Begin anew with {again}'
     write('analysis.json', json.dumps(dict(source=source, settings=settings, **numbers), indent=1).encode() + b'\n')
     T, mark = idx.shape[1] - 1, tokenizer.name == 'bytes'
     read = os.path.basename(text) if text else f'the validation text in {os.path.basename(data)}'
-    hint = ('<p>Each token has the colour of its route; modules are counted from 1, S is SKIP, ×3 is three '
-            'steps alike. Point at a token or at a route, tap it, or go with the arrow keys: all tokens of '
-            'that route light up. A line is drawn where another part of the text begins.'
-            + ' Each token is one byte; a stroke stands where a word begins.' * mark + '</p>')
+    skips = any(one['has_skip'] for one in chunks)
+    hint = ('<p>Each token has the colour of its route. Modules are counted from 1, '
+            + 'S is SKIP, ' * skips + '×3 is three steps alike. Point at a token or at a route, tap it, or '
+            'go with the arrow keys: all tokens of that route light up. A line is drawn where another part '
+            'of the text begins.' + ' Each token is one byte; a stroke stands where a word begins.' * mark
+            + '</p>')
     write_page({
         'What was run': introduction(cfg, read, numbers['tokens']) + f'<p>{html.escape(said)}</p>'
                         + runs_table(runs) + draw_curves(runs, base),
