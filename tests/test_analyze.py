@@ -3,11 +3,13 @@ import json
 import math
 import os
 import re
+import runpy
 import signal
 import time
 from collections import Counter
 from dataclasses import asdict
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import dense
 import numpy as np
@@ -308,6 +310,22 @@ def test_the_page_is_in_the_colours_of_its_reader():
 def test_what_repeats_in_a_route_is_said_once():
     assert analyze.short('2+3, 2+3, 2+3, 2+3') == '2+3 ×4' and analyze.short('1, 2, 2, 1') == '1, 2 ×2, 1'
     assert long('2+3 ×4') == '2+3, 2+3, 2+3, 2+3' and long(analyze.short('1, S, S, 1')) == '1, S, S, 1'
+
+
+def test_the_drawing_of_the_architecture_is_what_its_code_draws():
+    drawing = runpy.run_path(os.path.join(common.ROOT, 'docs', 'architecture.py'))['architecture']()
+    with open(os.path.join(common.ROOT, 'docs', 'architecture.svg'), encoding='utf-8') as f:
+        assert f.read() == drawing
+    labels = [''.join(text.itertext()) for text in ElementTree.fromstring(drawing).iter('{http://www.w3.org/2000/svg}text')]
+    assert {f'{kind}{i}' for kind in ('MHA', 'FFN') for i in (1, 2, 3, 4)} < {*labels} and labels.count('SKIP') == 2
+
+
+def test_each_pass_has_a_bar(monkeypatch):
+    names = []
+    monkeypatch.setattr(analyze, 'tqdm', lambda batches, name, **how: names.append((name, len(batches))) or batches)
+    numbers(build('mom'))
+    assert names == [('pass 1 of 4, own routes', 2), ('pass 2 of 4, shuffled', 2),
+                     ('pass 3 of 4, shuffled_equal', 2), ('pass 4 of 4, frozen', 2)]
 
 
 # ----------------------------------------------------------------------------- the page, the command
