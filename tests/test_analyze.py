@@ -18,6 +18,7 @@ import torch
 
 import analyze
 import common
+import report
 from model import GPT, Decision
 from tests import kill
 from tests.test_model import dense_params, stir, tiny
@@ -209,17 +210,19 @@ def numbers(model, n=6, T=20):
 
 
 @pytest.fixture
-def drawn(monkeypatch, tmp_path):
+def drawn(monkeypatch):
     """The figures of the .png files, in the order in which they are drawn."""
-    figures, image = [], analyze.image
-    monkeypatch.setattr(analyze, 'out_dir', str(tmp_path))
-    monkeypatch.setattr(analyze, 'image', lambda figure, kind, **how: figures.append(
-        figure) or image(figure, kind, **how) if kind == 'png' else image(figure, kind, **how))
+    figures, image = [], report.image
+
+    def keep(figure, kind, **how):
+        figures.extend([figure] * (kind == 'png'))
+        return image(figure, kind, **how)
+    monkeypatch.setattr(report, 'image', keep)
     return figures
 
 
-def test_rows_of_pools_of_several_sizes_do_not_overprint(drawn):
-    analyze.draw_shares(numbers(build('mom', chunks='2-4'))[0])
+def test_rows_of_pools_of_several_sizes_do_not_overprint(drawn, tmp_path):
+    report.draw_shares(tmp_path, numbers(build('mom', chunks='2-4'))[0])
     boxes = [[label.get_window_extent() for label in axis.get_yticklabels()] for axis in drawn[0].axes]
     assert [len(one) for one in boxes] == [3, 3, 5, 5]
     for one in boxes:
@@ -227,29 +230,29 @@ def test_rows_of_pools_of_several_sizes_do_not_overprint(drawn):
         assert all(high < low for (_, high), (low, _) in zip(tops, tops[1:]))
 
 
-def test_without_skip_nothing_is_drawn_of_it(drawn):
+def test_without_skip_nothing_is_drawn_of_it(drawn, tmp_path):
     chunks, seen = numbers(build('mom', skip=False))
     assert not any(one['has_skip'] for one in chunks) and chunks[0]['shares'][4] == [0, 0, 0]
-    page = analyze.draw_shares(chunks) + analyze.draw_transitions(chunks)
+    page = report.draw_shares(tmp_path, chunks) + report.draw_transitions(tmp_path, chunks)
     assert 'MHA 4' in page and 'SKIP' not in page
     rows = [[label.get_text() for label in axis.get_yticklabels()] for axis in drawn[0].axes]
     assert rows == [[f'{kind} {i}' for i in (1, 2, 3, 4)] for kind in ('MHA', 'FFN')]
-    assert analyze.draw_skips(chunks, seen) == '' and len(drawn) == 2
+    assert report.draw_skips(tmp_path, chunks, seen) == '' and len(drawn) == 2
     with_skip, seen = numbers(build('mom'))
-    assert 'SKIP' in analyze.draw_transitions(with_skip) and analyze.draw_skips(with_skip, seen)
+    assert 'SKIP' in report.draw_transitions(tmp_path, with_skip) and report.draw_skips(tmp_path, with_skip, seen)
 
 
-def test_models_of_one_step_are_one_table(drawn):
+def test_models_of_one_step_are_one_table(drawn, tmp_path):
     for system in ('moe', 'mod'):
         chunks, seen = numbers(build(system))
-        page = analyze.draw_shares(chunks)
+        page = report.draw_shares(tmp_path, chunks)
         assert page.count('<svg') == 1 and ('SKIP' in page) == (system == 'mod')
         assert len(drawn[-1].axes[0].get_xticks()) == len(chunks) > 1
-        assert analyze.draw_transitions(chunks) == ''
-        assert bool(analyze.draw_skips(chunks, seen)) == (system == 'mod')
+        assert report.draw_transitions(tmp_path, chunks) == ''
+        assert bool(report.draw_skips(tmp_path, chunks, seen)) == (system == 'mod')
 
 
-def test_arrows_are_those_with_traffic(drawn):
+def test_arrows_are_those_with_traffic(drawn, tmp_path):
     one = numbers(build('mom'))[0][0]
     assert np.sum(one['traffic']) == pytest.approx(1)
     share = np.array(one['traffic']).sum(1, keepdims=True)
@@ -257,16 +260,16 @@ def test_arrows_are_those_with_traffic(drawn):
     one['traffic'] = [[0.0] * 5 for _ in range(5)]
     one['traffic'][0][1], one['traffic'][1][1], one['traffic'][2][3] = 0.6, 0.391, 0.009
     one['transitions'] = [[0.99] * 5 for _ in range(5)]
-    analyze.draw_transitions([one])
+    report.draw_transitions(tmp_path, [one])
     shapes = drawn[0].axes[0].patches
     arrows = [one for one in shapes if type(one).__name__ == 'FancyArrowPatch']
     assert len(arrows) == 1 and len(shapes) == 1 + 1 + 2 * 5  # a ring, and nodes with their colour
     assert [text.get_text() for text in drawn[0].axes[0].texts].count('0.99') == 2
 
 
-def test_the_number_of_tokens_stands_under_their_kind(drawn):
+def test_the_number_of_tokens_stands_under_their_kind(drawn, tmp_path):
     chunks, seen = numbers(build('mom'))
-    page = analyze.draw_skips(chunks, {**seen, 'digit': 2})
+    page = report.draw_skips(tmp_path, chunks, {**seen, 'digit': 2})
     by_kind = drawn[0].axes[2]  # by step, by kind, by position; MHA beside FFN
     labels = [label.get_text() for label in by_kind.get_xticklabels()]
     assert labels[0] == f'space\n{seen["space"]}' and labels[-1] == 'digit\n2'
@@ -281,12 +284,12 @@ def a_run(name, vanilla, losses, **same):
                 same={key: 1 for key in analyze.SAME} | same)
 
 
-def test_curves_and_what_they_come_to(drawn):
+def test_curves_and_what_they_come_to(drawn, tmp_path):
     other = a_run('first', True, [9, 2.5, 2.4], init_from='scratch')
     base, own = a_run('vanilla', True, [2.4, 2.3, 2.2]), a_run('mom', False, [2.6, 2.35, 2.1])
     runs = [other, base, own]
     assert analyze.find_base(runs, own) is base and analyze.find_base([other, own], own) is None
-    analyze.draw_curves(runs, base)
+    report.draw_curves(tmp_path, runs, base)
     left, right = drawn[0].axes
     top = left.get_ylim()[1]
     values = np.concatenate([line.get_ydata() for line in left.lines])
@@ -294,29 +297,30 @@ def test_curves_and_what_they_come_to(drawn):
     assert left.lines[1].get_ydata()[1:] == pytest.approx([2.5, 2.4])
     assert [*right.lines[-1].get_ydata()] == pytest.approx([0.2, 0.05, -0.1])
     assert len(right.lines) == 3 and right.get_title().startswith('difference from vanilla')
-    said = analyze.conclusion(own, base)
+    said = report.conclusion(own, base)
     assert 'After 200 steps' in said and 'mom is at 2.100 nats per token, 0.100 below vanilla' in said
-    assert '1.50 times the 2.00' in said and analyze.conclusion(own, None) == ''
-    assert 'bits' not in analyze.runs_table(runs) and analyze.draw_curves([], None) == ''
+    assert '1.50 times the 2.00' in said and report.conclusion(own, None) == ''
+    assert 'bits' not in report.runs_table(runs) and report.draw_curves(tmp_path, [], None) == ''
 
 
 def test_the_page_is_in_the_colours_of_its_reader():
     chunks = numbers(build('mom'))[0]
-    svg = analyze.drawing((lambda axis: analyze.draw_graph(chunks[0], axis), 4, 4))
-    assert 'currentColor' in svg and 'var(--paper)' in svg and analyze.INK not in svg and 'id="fig' not in svg
+    svg = report.drawing((lambda axis: report.draw_graph(chunks[0], axis), 4, 4))
+    assert 'currentColor' in svg and 'var(--paper)' in svg and report.INK not in svg and 'id="fig' not in svg
     assert 'w3.org' not in svg and svg.startswith('<svg viewBox=') and svg.rstrip().endswith('</svg>')
 
 
 def test_what_repeats_in_a_route_is_said_once():
-    assert analyze.short('2+3, 2+3, 2+3, 2+3') == '2+3 ×4' and analyze.short('1, 2, 2, 1') == '1, 2 ×2, 1'
-    assert long('2+3 ×4') == '2+3, 2+3, 2+3, 2+3' and long(analyze.short('1, S, S, 1')) == '1, S, S, 1'
+    assert report.short('2+3, 2+3, 2+3, 2+3') == '2+3 ×4' and report.short('1, 2, 2, 1') == '1, 2 ×2, 1'
+    assert long('2+3 ×4') == '2+3, 2+3, 2+3, 2+3' and long(report.short('1, S, S, 1')) == '1, S, S, 1'
 
 
 def test_the_drawing_of_the_architecture_is_what_its_code_draws():
     drawing = runpy.run_path(os.path.join(common.ROOT, 'docs', 'architecture.py'))['architecture']()
     with open(os.path.join(common.ROOT, 'docs', 'architecture.svg'), encoding='utf-8') as f:
         assert f.read() == drawing
-    labels = [''.join(text.itertext()) for text in ElementTree.fromstring(drawing).iter('{http://www.w3.org/2000/svg}text')]
+    texts = ElementTree.fromstring(drawing).iter('{http://www.w3.org/2000/svg}text')
+    labels = [''.join(text.itertext()) for text in texts]
     assert {f'{kind}{i}' for kind in ('MHA', 'FFN') for i in (1, 2, 3, 4)} < {*labels} and labels.count('SKIP') == 2
 
 
@@ -357,7 +361,7 @@ class Reader(HTMLParser):
 
 
 def long(route):
-    """What analyze.short makes short."""
+    """What report.short makes short."""
     parts = [part.partition(' ×') for part in route.split(', ')]
     return ', '.join(name for name, _, n in parts for _ in range(int(n or 1)))
 
@@ -411,14 +415,12 @@ def test_the_command_draws_and_writes_what_it_says(tmp_path):
         assert {route['route'] for route in one['routes']} & set(routes)
 
 
-def test_every_listed_route_has_a_colour_of_its_own(monkeypatch, tmp_path):
-    monkeypatch.setattr(analyze, 'out_dir', str(tmp_path))
-    monkeypatch.setattr(analyze, 'routes', 25)
-    analyze.write_page({'a': 'b', 'empty': ''})
+def test_every_listed_route_has_a_colour_of_its_own(tmp_path):
+    report.write_page(tmp_path, 'a < b', {'a': 'b', 'empty': ''}, 25)
     page = (tmp_path / 'page.html').read_text()
     colours = re.findall(r'--r\d+:([^;} ]+ [^;} ]+ [^;} ]+)', page)
     assert len(colours) == len(set(colours)) == 2 * 25 and '.r24{background:var(--r24)}' in page
-    assert '<h2>a</h2>b' in page and 'empty' not in page
+    assert '<h2>a</h2>b' in page and 'empty' not in page and '<title>Routes of a &lt; b</title>' in page
 
 
 def test_a_page_without_skip_does_not_speak_of_it(tmp_path):
