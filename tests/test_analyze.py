@@ -1,9 +1,15 @@
 """analyze.py: numbers against plain counting, exchanged routes against the dense loops, the page against a parser."""
 import json
 import math
+import os
+import re
+import runpy
+import signal
+import time
 from collections import Counter
 from dataclasses import asdict
 from html.parser import HTMLParser
+from xml.etree import ElementTree
 
 import dense
 import numpy as np
@@ -12,6 +18,7 @@ import torch
 
 import analyze
 import common
+import report
 from model import GPT, Decision
 from tests import kill
 from tests.test_model import dense_params, stir, tiny
@@ -171,27 +178,193 @@ def test_kinds_of_tokens():
                    'punctuation', 'other', 'other', 'other', 'other']
 
 
+@pytest.mark.parametrize('size', [7, 16])
+def test_the_first_token_of_a_sequence_follows_what_stands_before_it(size, monkeypatch, tmp_path):
+    story = 'Über 3 œuvres, and once in a while 日本 – whatever that is.\r\nIt ends.\r\n' * 9
+    (tmp_path / 'story.txt').write_bytes(story.encode())
+    monkeypatch.setattr(analyze, 'text', str(tmp_path / 'story.txt'))
+    monkeypatch.setattr(analyze, 'tokens', 250)  # spread, with gaps between the sequences
+    idx, before = analyze.read_ids(common.tokenizer('bytes'), size, '')
+    raw = story.encode()
+    assert len(idx) == 250 // size and bytes(idx[0].tolist()) == raw[:size + 1]  # \r\n and all
+    texts, kinds = analyze.texts_and_kinds(common.tokenizer('bytes'), idx, before)
+    everything = analyze.token_texts(common.tokenizer('bytes'), list(raw))
+    now = 0
+    for ids, lead in zip(idx.tolist(), before):
+        # Where the same bytes occur again, so does what is before them: the first occurrence will do.
+        start = raw.index(bytes(lead + ids)) + len(lead)
+        for place in range(start, start + size):
+            assert texts[now] == everything[place]
+            previous = everything[place - 1] if place else ''
+            assert kinds[now] == analyze.kind_of(previous, raw[place:place + 1])
+            now += 1
+    assert '\ufffd' not in ''.join(texts)
+
+
+# ----------------------------------------------------------------------------- pictures
+
+def numbers(model, n=6, T=20):
+    """What analyse finds in a model: its chunks, and the kinds of tokens that it saw."""
+    kinds = np.random.default_rng(2).integers(0, 3, n * T)
+    out, _ = analyze.analyse(model, sequences(n, T), kinds, 'cpu', 4, 0)
+    return out['chunks'], out['tokens_by_kind']
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """The figures of the .png files, in the order in which they are drawn."""
+    figures, image = [], report.image
+
+    def keep(figure, kind, **how):
+        figures.extend([figure] * (kind == 'png'))
+        return image(figure, kind, **how)
+    monkeypatch.setattr(report, 'image', keep)
+    return figures
+
+
+def test_rows_of_pools_of_several_sizes_do_not_overprint(drawn, tmp_path):
+    report.draw_shares(tmp_path, numbers(build('mom', chunks='2-4'))[0])
+    boxes = [[label.get_window_extent() for label in axis.get_yticklabels()] for axis in drawn[0].axes]
+    assert [len(one) for one in boxes] == [3, 3, 5, 5]
+    for one in boxes:
+        tops = sorted((box.y0, box.y1) for box in one)
+        assert all(high < low for (_, high), (low, _) in zip(tops, tops[1:]))
+
+
+def test_without_skip_nothing_is_drawn_of_it(drawn, tmp_path):
+    chunks, seen = numbers(build('mom', skip=False))
+    assert not any(one['has_skip'] for one in chunks) and chunks[0]['shares'][4] == [0, 0, 0]
+    page = report.draw_shares(tmp_path, chunks) + report.draw_transitions(tmp_path, chunks)
+    assert 'MHA 4' in page and 'SKIP' not in page
+    rows = [[label.get_text() for label in axis.get_yticklabels()] for axis in drawn[0].axes]
+    assert rows == [[f'{kind} {i}' for i in (1, 2, 3, 4)] for kind in ('MHA', 'FFN')]
+    assert report.draw_skips(tmp_path, chunks, seen) == '' and len(drawn) == 2
+    with_skip, seen = numbers(build('mom'))
+    assert 'SKIP' in report.draw_transitions(tmp_path, with_skip) and report.draw_skips(tmp_path, with_skip, seen)
+
+
+def test_models_of_one_step_are_one_table(drawn, tmp_path):
+    for system in ('moe', 'mod'):
+        chunks, seen = numbers(build(system))
+        page = report.draw_shares(tmp_path, chunks)
+        assert page.count('<svg') == 1 and ('SKIP' in page) == (system == 'mod')
+        assert len(drawn[-1].axes[0].get_xticks()) == len(chunks) > 1
+        assert report.draw_transitions(tmp_path, chunks) == ''
+        assert bool(report.draw_skips(tmp_path, chunks, seen)) == (system == 'mod')
+
+
+def test_arrows_are_those_with_traffic(drawn, tmp_path):
+    one = numbers(build('mom'))[0][0]
+    assert np.sum(one['traffic']) == pytest.approx(1)
+    share = np.array(one['traffic']).sum(1, keepdims=True)
+    assert np.allclose(one['traffic'], share * one['transitions'])
+    one['traffic'] = [[0.0] * 5 for _ in range(5)]
+    one['traffic'][0][1], one['traffic'][1][1], one['traffic'][2][3] = 0.6, 0.391, 0.009
+    one['transitions'] = [[0.99] * 5 for _ in range(5)]
+    report.draw_transitions(tmp_path, [one])
+    shapes = drawn[0].axes[0].patches
+    arrows = [one for one in shapes if type(one).__name__ == 'FancyArrowPatch']
+    assert len(arrows) == 1 and len(shapes) == 1 + 1 + 2 * 5  # a ring, and nodes with their colour
+    assert [text.get_text() for text in drawn[0].axes[0].texts].count('0.99') == 2
+
+
+def test_the_number_of_tokens_stands_under_their_kind(drawn, tmp_path):
+    chunks, seen = numbers(build('mom'))
+    page = report.draw_skips(tmp_path, chunks, {**seen, 'digit': 2})
+    by_kind = drawn[0].axes[2]  # by step, by kind, by position; MHA beside FFN
+    labels = [label.get_text() for label in by_kind.get_xticklabels()]
+    assert labels[0] == f'space\n{seen["space"]}' and labels[-1] == 'digit\n2'
+    assert page.count('<svg') == 6 and [axis.get_title()[:3] for axis in drawn[0].axes] == ['MHA', 'FFN'] * 3
+
+
+def a_run(name, vanilla, losses, **same):
+    val = [(100 * n, loss) for n, loss in enumerate(losses)]
+    train = [(step, losses[0] if step < 5 else losses[1]) for step in range(1, val[-1][0] + 1)]
+    return dict(folder=name, name=name, vanilla=vanilla, assembly=name, parameters=9, steps=val[-1][0], speed=None,
+                mflops=2.0 if vanilla else 3.0, train=train, validation=val, bits=None,
+                same={key: 1 for key in analyze.SAME} | same)
+
+
+def test_curves_and_what_they_come_to(drawn, tmp_path):
+    other = a_run('first', True, [9, 2.5, 2.4], init_from='scratch')
+    base, own = a_run('vanilla', True, [2.4, 2.3, 2.2]), a_run('mom', False, [2.6, 2.35, 2.1])
+    runs = [other, base, own]
+    assert analyze.find_base(runs, own) is base and analyze.find_base([other, own], own) is None
+    report.draw_curves(tmp_path, runs, base)
+    left, right = drawn[0].axes
+    top = left.get_ylim()[1]
+    values = np.concatenate([line.get_ydata() for line in left.lines])
+    assert top < 9 and np.nanmax(values) <= top and np.isnan(values).any()  # no line comes from above
+    assert left.lines[1].get_ydata()[1:] == pytest.approx([2.5, 2.4])
+    assert [*right.lines[-1].get_ydata()] == pytest.approx([0.2, 0.05, -0.1])
+    assert len(right.lines) == 3 and right.get_title().startswith('difference from vanilla')
+    said = report.conclusion(own, base)
+    assert 'After 200 steps' in said and 'mom is at 2.100 nats per token, 0.100 below vanilla' in said
+    assert '1.50 times the 2.00' in said and report.conclusion(own, None) == ''
+    assert 'bits' not in report.runs_table(runs) and report.draw_curves(tmp_path, [], None) == ''
+
+
+def test_the_page_is_in_the_colours_of_its_reader():
+    chunks = numbers(build('mom'))[0]
+    svg = report.drawing((lambda axis: report.draw_graph(chunks[0], axis), 4, 4))
+    assert 'currentColor' in svg and 'var(--paper)' in svg and report.INK not in svg and 'id="fig' not in svg
+    assert 'w3.org' not in svg and svg.startswith('<svg viewBox=') and svg.rstrip().endswith('</svg>')
+
+
+def test_what_repeats_in_a_route_is_said_once():
+    assert report.short('2+3, 2+3, 2+3, 2+3') == '2+3 ×4' and report.short('1, 2, 2, 1') == '1, 2 ×2, 1'
+    assert long('2+3 ×4') == '2+3, 2+3, 2+3, 2+3' and long(report.short('1, S, S, 1')) == '1, S, S, 1'
+
+
+def test_the_drawing_of_the_architecture_is_what_its_code_draws():
+    drawing = runpy.run_path(os.path.join(common.ROOT, 'docs', 'architecture.py'))['architecture']()
+    with open(os.path.join(common.ROOT, 'docs', 'architecture.svg'), encoding='utf-8') as f:
+        assert f.read() == drawing
+    texts = ElementTree.fromstring(drawing).iter('{http://www.w3.org/2000/svg}text')
+    labels = [''.join(text.itertext()) for text in texts]
+    assert {f'{kind}{i}' for kind in ('MHA', 'FFN') for i in (1, 2, 3, 4)} < {*labels} and labels.count('SKIP') == 2
+
+
+def test_each_pass_has_a_bar(monkeypatch):
+    names = []
+    monkeypatch.setattr(analyze, 'tqdm', lambda batches, name, **how: names.append((name, len(batches))) or batches)
+    numbers(build('mom'))
+    assert names == [('pass 1 of 4, own routes', 2), ('pass 2 of 4, shuffled', 2),
+                     ('pass 3 of 4, shuffled_equal', 2), ('pass 4 of 4, frozen', 2)]
+
+
 # ----------------------------------------------------------------------------- the page, the command
 
 class Reader(HTMLParser):
     def __init__(self):
         super().__init__()
-        self.depth, self.texts, self.titles, self.linked = 0, [], [], []
+        self.depth, self.texts, self.titles, self.linked, self.scripts = 0, [], [], [], []
+        self.in_script = False
 
     def handle_starttag(self, tag, attrs):
         attrs = dict(attrs)
-        if tag == 'div':
+        self.in_script = tag == 'script'
+        if attrs.get('class') == 'text':
             self.depth, self.texts, self.titles = 1, [*self.texts, ''], [*self.titles, []]
         elif tag == 'span' and self.depth:
             self.titles[-1].append(attrs['title'])
-        self.linked += [tag] * (tag in ('script', 'link', 'img') or 'src' in attrs or 'href' in attrs)
+        inside = attrs.get('xlink:href', '#').startswith('#')
+        self.linked += [tag] * (tag in ('link', 'img') or 'src' in attrs or 'href' in attrs or not inside)
 
     def handle_endtag(self, tag):
         self.depth = 0 if tag == 'div' else self.depth
+        self.in_script = False
 
     def handle_data(self, data):
+        self.scripts += [data] * self.in_script
         if self.depth:
             self.texts[-1] += data
+
+
+def long(route):
+    """What report.short makes short."""
+    parts = [part.partition(' ×') for part in route.split(', ')]
+    return ', '.join(name for name, _, n in parts for _ in range(int(n or 1)))
 
 
 def checkpoint(folder, **kw):
@@ -232,9 +405,45 @@ def test_the_command_draws_and_writes_what_it_says(tmp_path):
     n = (len(ids) - 1) // 32 * 32  # whole sequences
     whole = bytes(ids[:min(n, 200)])
     assert reader.texts == [whole.decode(errors='ignore')] * 2 and '<' in reader.texts[0]
-    assert reader.linked == [] and [len(t) for t in reader.titles] == [200, 200] and len(page) < 100_000
+    assert reader.linked == [] and 'http' not in page and [len(t) for t in reader.titles] == [200, 200]
+    assert len(re.sub('<svg.*?</svg>', '', page)) < 100_000 and len(page) < 400_000
+    with open(os.path.join(common.ROOT, 'report.html')) as f:  # the one script is the page's own
+        assert len(reader.scripts) == 1 and f'<script>{reader.scripts[0]}</script>' in f.read()
     assert page.count('<hr>') == 2 * 6  # seven sequences
-    assert set(reader.titles[0][:5]) and all(t.count(',') == 2 for t in reader.titles[0])
+    for titles, one in zip(reader.titles, analysis['chunks']):
+        routes = [long(title) for title in titles]
+        assert all(route.count(',') == 2 for route in routes)
+        assert {route['route'] for route in one['routes']} & set(routes)
+
+
+def test_every_listed_route_has_a_colour_of_its_own(tmp_path):
+    report.write_page(tmp_path, 'a < b', {'a': 'b', 'empty': ''}, 25)
+    page = (tmp_path / 'page.html').read_text()
+    colours = re.findall(r'--r\d+:([^;} ]+ [^;} ]+ [^;} ]+)', page)
+    assert len(colours) == len(set(colours)) == 2 * 25 and '.r24{background:var(--r24)}' in page
+    assert '<h2>a</h2>b' in page and 'empty' not in page and '<title>Routes of a &lt; b</title>' in page
+
+
+def test_a_page_without_skip_does_not_speak_of_it(tmp_path):
+    out = command(tmp_path, checkpoint(tmp_path, K=2, H=3, skip=False), '--tokens=640', '--page=50')
+    page = (tmp_path / 'run' / 'routes' / 'page.html').read_text()
+    assert 'SKIP' not in page and 'Who skips' not in page and 'skips.png' not in out
+    reader = Reader()
+    reader.feed(page)
+    assert [len(titles) for titles in reader.titles] == [50, 50]
+    assert 'K2H3, chunks 1-4-1' in page and '5.500' in page  # the run itself, though no curves are asked for
+
+
+@pytest.mark.skipif(not hasattr(common, 'if_stopped'), reason='what Ctrl-C says is in common.py')
+def test_ctrl_c_is_one_sentence(tmp_path):
+    args = [checkpoint(tmp_path), '--tokens=3000', '--batch=1']
+    training = kill.Training(args, 1, tmp_path / 'output', 'analyze.py')
+    while not (tmp_path / 'run' / 'routes').exists() and training.poll() is None:
+        time.sleep(0.05)
+    training.kill(signal.SIGINT)
+    training.wait()
+    again = common.command('python', 'analyze.py', *args)
+    assert training.text() == f'analyze.py: stopped. Nothing is written. Begin anew with {again}\n'
 
 
 @pytest.mark.parametrize('system', ['mod', 'moe', 'early_exit'])
@@ -254,7 +463,7 @@ def test_mistakes(tmp_path):
     (tmp_path / 'latin.txt').write_bytes(b'\xe9')
     for args, message in [([without], 'has no routers'), ([source, '--tokens=0'], 'tokens=0 must be at least 1'),
                           ([source, f'--text={tmp_path}/empty.txt'], 'too few to look at'),
-                          ([source, f'--text={tmp_path}/latin.txt'], 'cannot be read as UTF-8'),
+                          ([source, f'--text={tmp_path}/latin.txt'], 'is not UTF-8'),
                           ([source, f'--data_dir={tmp_path}'], 'no text at'),
                           ([source, f'--curves={tmp_path}'], 'has no log.csv'),
                           ([source, f'--curves={tmp_path}/new'], 'has no finished steps yet'),
