@@ -33,9 +33,6 @@ from dataclasses import asdict
 ROOT = os.path.dirname(os.path.abspath(__file__))
 EOT = '<|endoftext|>'
 
-if_stopped = 'nothing is kept'  # what Ctrl-C ends a script with: what is kept, and how to go on
-
-
 # ----------------------------------------------------------------------------- settings
 
 defaults = {}  # of the settings that load() resolved

@@ -115,7 +115,7 @@ def linear(x, w, b):
     """x w + b, for x (M, in) and w (in, out)."""
     if isinstance(w, Grouped):
         return grouped_linear(x, w, b)
-    if len(x) > FEW:
+    if len(x) > FEW and not isinstance(w, Packed):
         return torch.addmm(b, x, w)
     y = few_rows(x, w)
     return y + b.to(y.dtype)
@@ -844,16 +844,26 @@ def merged_qkv(m, x):  # x (M, C), normalised -> (M, 3C). m: a Merged, LayerNorm
 
 # A few rows, in decoding on a CPU.
 
+Packed = namedtuple('Packed', 'matrix')  # in place of w (in, out) in bf16: in oneDNN's own layout
+
+
 def few_rows(x, w):
-    """x @ w for x (M, in), w (in, out). Up to FEW rows in fp32 a CPU is done when it has read w,
-    and eight products over parts of w read at up to twice the speed of one."""
+    """x @ w for x (M, in), w (in, out). Up to FEW rows in fp32 a CPU is done when it has read w, and
+    many products over parts of w can read at up to twice the speed of one."""
+    if isinstance(w, Packed):
+        return torch.ops.mkldnn._linear_pointwise(x, w.matrix, None, 'none', [], '')
     (M, C), D = x.shape, w.size(1)
-    if x.device.type == 'cpu' and 0 < M <= FEW and x.dtype == w.dtype == torch.float32:
-        if C % 8 == 0 and w.is_contiguous():          # parts of the inner dimension, which add up
-            return torch.bmm(x.view(M, 8, C // 8).transpose(0, 1), w.view(8, C // 8, D)).sum(0)
-        if D % 8 == 0 and w.t().is_contiguous():      # stored (out, in): parts of the outer one
-            parts = w.t().view(8, D // 8, C).transpose(1, 2)
-            return torch.bmm(x.expand(8, M, C), parts).transpose(0, 1).reshape(M, D)
+    alone = M == 1 and torch.get_num_threads() == 1  # then one product reads as fast
+    if x.device.type == 'cpu' and 0 < M <= FEW and x.dtype == w.dtype == torch.float32 and not alone:
+        parts = 32 if D > C and M > 3 else 8
+        if w.is_contiguous() and C % parts == 0:      # parts of the inner dimension, which add up
+            x, w = x.view(M, parts, C // parts).transpose(0, 1), w.view(parts, C // parts, D)
+            return torch.bmm(x, w).sum(0)
+        if D >= 96 and w.t().is_contiguous():         # stored (out, in), as torch's own layers: of the outer
+            parts, rest = divmod(D, 96)
+            some = w.t()[:D - rest].view(parts, 96, C).transpose(1, 2)
+            y = torch.bmm(x.expand(parts, M, C), some).transpose(0, 1).reshape(M, D - rest)
+            return torch.cat((y, x @ w[:, D - rest:]), 1) if rest else y
     return x @ w
 
 

@@ -7,13 +7,15 @@ Keys and values are cached, one of each per token and executed step, however man
 GPT.generate is the door to `generate` below. Shapes: B rows, T tokens, C width, V vocabulary, nh heads,
 hs head size.
 """
+import copy
 import math
 import os
+import weakref
 
 import torch
 
 import common
-from model import GPT, few_rows
+from model import GPT, Packed, few_rows
 
 # --- what
 source = 'out/mom_demo'       # a run's directory or checkpoint, a GPT-2 name, or a Hugging Face directory
@@ -33,11 +35,46 @@ device = 'auto'               # 'auto', 'cpu', 'cuda'
 settings, given = common.load(globals()) if __name__ == '__main__' else ({}, set())  # not when imported
 
 
-class Cache:
-    """One K and one V per token and executed step, and the weights in the layout for decoding."""
+KEPT = weakref.WeakKeyDictionary()  # model -> (the weights that it had, what was made of them)
 
-    def __init__(self, cfg, B, device, dtype, size=None):
-        """size: most tokens of a row (block_size if None)."""
+
+def prepared(model):
+    """A dict for what decoding makes of a model's weights: the last one's, if none has changed since.
+
+    In it are the modules of each chunk, merged by subset under MoM, and the head. In fp32 they are the
+    weights themselves, and only the merged matrices take memory: S * 12 C^2 bytes a routed chunk. In
+    bf16 on a CPU they are a second copy in another layout, as large as the model. It goes with the model,
+    with the next call in training mode, or by `forget(model)`. A change through `.data` is not seen.
+    """
+    # The tensors are held, so that no new weight can come to lie where an old one was.
+    weights = [(p.detach(), object() if p.is_inference() else p._version) for p in model.parameters()]
+    now = [(p.data_ptr(), p.dtype, version) for p, version in weights]
+    if model not in KEPT or KEPT[model][0] != now:
+        KEPT[model] = now, weights, {}
+    return KEPT[model][2]
+
+
+def forget(model):
+    """Free what `prepared` keeps of a model."""
+    KEPT.pop(model, None)
+
+
+def laid_out(w):
+    """A matrix (in, out) as a CPU multiplies a few rows by it fastest: fp32 as it is, bf16 packed."""
+    if w.device.type != 'cpu' or w.dtype != torch.bfloat16 or w.ndim != 2:
+        return w
+    turned = w.t().contiguous()  # (out, in)
+    # Read as it is stored, one row of bf16 takes longer to arrange than to multiply.
+    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return Packed(torch.ops.mkldnn._reorder_linear_weight(turned, 1))
+    return turned.t()
+
+
+class Cache:
+    """One K and one V per token and executed step."""
+
+    def __init__(self, cfg, B, device, dtype, size=None, ready=None):
+        """size: most tokens of a row (block_size if None); ready: `prepared` weights, if any."""
         self.most = size or cfg.block_size
         shape = B, cfg.n_head, self.most, cfg.n_embd // cfg.n_head
         # zeros: what a mask hides is multiplied by 0 all the same, and 0 * nan is nan
@@ -48,7 +85,7 @@ class Cache:
         # has fewer entries than tokens.
         self.tokens = torch.zeros(B, dtype=torch.int64, device=device)
         self.used = torch.zeros(cfg.depth, B, dtype=torch.int64, device=device)
-        self.ready = {}
+        self.ready = {} if ready is None else ready
 
     def positions(self, T, count=None):
         """Where the next T tokens stand in their texts: (T,), or (B, T) if rows differ.
@@ -61,7 +98,7 @@ class Cache:
         if count is None:
             return before + new
         at = self.tokens.unsqueeze(1) + new
-        self.tokens = self.tokens + count
+        self.tokens += count
         return at.clamp(max=self.most - 1)  # past the last real token, where it does not matter
 
     def extend(self, step, k, v, count=None):
@@ -89,55 +126,81 @@ class Cache:
             causal = False
         return self.k[step][:, :, :self.length], self.v[step][:, :, :self.length], mask, causal
 
-    def reorder(self, rows):
+    def select(self, rows):
         """Row b becomes what row rows[b] was."""
         self.k = [k.index_select(0, rows) for k in self.k]
         self.v = [v.index_select(0, rows) for v in self.v]
         self.tokens, self.used = self.tokens[rows], self.used[:, rows]
 
+    def reorder(self, rows, since):
+        """The same, for rows whose first `since` entries are equal, and as many as there are."""
+        moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
+        for entries in (*self.k, *self.v):
+            late = entries[:, :, since:self.length]
+            late.index_copy_(0, moved, late.index_select(0, rows[moved]))
+        self.tokens, self.used = self.tokens[rows], self.used[:, rows]
+
+    def part(self, first, last):
+        """A Cache of some of the rows, whose entries lie in this one's."""
+        part = copy.copy(self)
+        part.k, part.v = [k[first:last] for k in self.k], [v[first:last] for v in self.v]
+        part.tokens, part.used = self.tokens[first:last], self.used[:, first:last]
+        return part
+
     def pools(self, chunk, x, first_step):
-        """Chunk.pools, once for all tokens, in the layout from which a CPU reads a matrix fastest to
-        multiply it with one row: (in, out) in fp32, (out, in) in bf16."""
+        """Chunk.pools, once for all tokens, in the layout for decoding."""
         if first_step not in self.ready:
             pools = chunk.pools(x, keep=True)
-            if x.device.type == 'cpu' and chunk.attn.qkv_w.dtype == torch.bfloat16:
-                pools = type(pools)(*(modules and turned(modules) for modules in pools))
-            self.ready[first_step] = pools
+            self.ready[first_step] = type(pools)(*(modules and lay_out(modules) for modules in pools))
         return self.ready[first_step]
 
 
-def turned(modules):  # Modules with their matrices stored (out, in)
-    def turn(p):
-        return p.t().contiguous().t() if p.ndim == 2 else p
-    return modules._replace(each=[type(m)(*map(turn, m)) for m in modules.each])
+def lay_out(modules):  # Modules
+    return modules._replace(each=[type(m)(*map(laid_out, m)) for m in modules.each])
 
 
 class Decoder:
-    """Rows of text in the middle of being written: the model's logits (B, V) of what comes next."""
+    """Rows of text in the middle of being written: the model's logits (B, V) of what comes next.
+
+    The rows are in an order of their own: `row` (B,) says which of the caller's each one is.
+    """
 
     def __init__(self, model, idx, lengths, size, vocab, fill):
         """idx (B, T): prompts, of `lengths` (B,) if they differ; size: most tokens of a row; vocab: how
         many ids there are; fill: what stands behind a row's end."""
         B, T = idx.shape
         block, device = model.cfg.block_size, idx.device
-        self.model = model
-        self.ends = torch.full((B,), T, device=device) if lengths is None else lengths
+        self.model, self.vocab, ready = model, vocab, prepared(model)
         self.apart = lengths is not None  # rows have positions of their own
+        self.row = torch.arange(B, device=device)
+        self.ends = torch.full((B,), T, device=device)
+        if self.apart:
+            self.ends, self.row = lengths.sort(descending=True)
         self.text = torch.full((B, size), fill, device=device)
         written = torch.arange(T, device=device) < self.ends.unsqueeze(1)
-        self.text[:, :T] = torch.where(written, idx, self.text[:, :T])
-        self.head = model.wte.weight[:vocab].t()  # (C, V)
-        if device.type == 'cpu' and self.head.dtype == torch.float32:
-            self.head = self.head.contiguous()  # as Cache.pools
-        self.cache = Cache(model.cfg, B, device, model.wte.weight.dtype, min(size, block))
+        self.text[:, :T] = torch.where(written, idx[self.row], self.text[:, :T])
+        if 'head' not in ready:
+            ready['head'] = laid_out(model.wte.weight.detach().t())  # (C, V)
+        self.head = ready['head']
+        self.cache = Cache(model.cfg, B, device, model.wte.weight.dtype, min(size, block), ready)
         if T > block:
             self.slide(T)
         else:
-            x, _ = model.features(idx, self.cache, lengths)
-            self.score(x[torch.arange(B, device=device), self.ends - 1])
+            self.read_prompts()
+
+    def read_prompts(self):
+        """Rows of different lengths go through the model in groups of about the same length."""
+        last = []  # features of each row's last token
+        for first, end in alike(self.ends.tolist(), 32 if self.text.device.type == 'cpu' else math.inf):
+            ends, cache = self.ends[first:end], self.cache.part(first, end)
+            longest = int(ends[0])
+            x, _ = self.model.features(self.text[first:end, :longest], cache, ends if self.apart else None)
+            last.append(x[torch.arange(len(x), device=x.device), ends - 1])
+        self.cache.length = int(self.ends[0])
+        self.score(torch.cat(last))
 
     def score(self, x):  # the last token's features (B, C)
-        logits = few_rows(x, self.head)
+        logits = few_rows(x, self.head)[:, :self.vocab]
         self.logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def write(self, new):  # one token to the end of each row, new (B,)
@@ -158,10 +221,25 @@ class Decoder:
         last = self.text[:, end - self.model.cfg.block_size:end]
         self.score(self.model.features(last)[0][:, -1])
 
-    def select(self, rows):
-        """Row b becomes what row rows[b] was."""
-        self.text, self.ends, self.logits = self.text[rows], self.ends[rows], self.logits[rows]
-        self.cache.reorder(rows)
+    def select(self, rows, since=None):
+        """Row b becomes what row rows[b] was. since: see Cache.reorder."""
+        self.row, self.text, self.ends = self.row[rows], self.text[rows], self.ends[rows]
+        self.logits = self.logits[rows]
+        if since is None:
+            self.cache.select(rows)
+        else:
+            self.cache.reorder(rows, since)
+
+
+def alike(lengths, most):
+    """Lengths, the longest first -> [(first, end)] of groups that `most` tokens of padding make equal."""
+    groups, first, padding = [], 0, 0
+    for i, length in enumerate(lengths):
+        padding += lengths[first] - length
+        if padding > most:
+            groups.append((first, i))
+            first, padding = i, 0
+    return [*groups, (first, len(lengths))]
 
 
 def pick(logits, temperature, top_k, top_p):
@@ -170,14 +248,35 @@ def pick(logits, temperature, top_k, top_p):
         return logits.argmax(-1)
     ids = None  # of the columns; None: they are the tokens
     if top_k is not None:
-        logits, ids = logits.topk(min(top_k, logits.size(-1)))  # the likeliest first
+        logits, ids = logits.topk(min(top_k, logits.size(-1)))
     p = (logits / temperature).softmax(-1)
-    if top_p is not None:
-        if ids is None:
-            p, ids = p.sort(descending=True)
-        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)  # what stands before it already holds the share
-    drawn = p.multinomial(1)
+    drawn = draw(p) if top_p is None else draw_likely(p, top_p)
     return (drawn if ids is None else ids.gather(1, drawn)).squeeze(1)
+
+
+def draw(p):
+    """Shares (B, V) of any sum above 0 -> a column of each row (B, 1), as likely as its share is large."""
+    upto = p.cumsum(-1, dtype=torch.float64)
+    u = 1 - torch.rand_like(upto[:, :1])  # above 0, so that no share of 0 is drawn
+    return torch.searchsorted(upto, u * upto[:, -1:])
+
+
+def draw_likely(p, top_p):
+    """The same among the likeliest that hold the share top_p of p (B, V), and what is as likely as they.
+
+    Draw from all, and again while what is likelier than the one drawn holds the share: that needs no
+    sorting of p, and 1 / top_p draws or fewer on average.
+    """
+    drawn = draw(p)
+    for _ in range(8):
+        above = p > p.gather(1, drawn)
+        again = (p * above).sum(-1, keepdim=True) >= top_p  # (B, 1)
+        if not again.any():
+            return drawn
+        drawn = torch.where(again, draw(p), drawn)
+    likely, ids = p.sort(descending=True)
+    likely = likely.masked_fill(likely.cumsum(-1) - likely >= top_p, 0)  # what stands before it holds the share
+    return torch.where(again, ids.gather(1, draw(likely)), drawn)
 
 
 @torch.no_grad()
@@ -202,6 +301,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
         decoder = Decoder(model, idx, lengths, size, vocab, fill)
         if beams > 1:
             return beam_search(decoder, max_new_tokens, beams, stop)
+        out, longest = torch.full_like(decoder.text, fill), int(decoder.ends.max())
         ended = torch.zeros(len(idx), dtype=torch.bool, device=idx.device)
         for n in range(max_new_tokens):
             if n > 0:
@@ -209,13 +309,20 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
             new = pick(decoder.logits, temperature, top_k, top_p)
             if stop is not None:
                 new = new.masked_fill(ended, stop)
-                ended |= new == stop
+                ended = ended | (new == stop)
             decoder.write(new)
-            if stop is not None and ended.all():
-                break
-        return decoder.text[:, :int(decoder.ends.max())]
+            if n + 1 < max_new_tokens and few_go_on(ended):
+                out[decoder.row] = decoder.text
+                if ended.all():
+                    break
+                decoder.select((~ended).nonzero().squeeze(1))
+                ended = ended[~ended]
+        out[decoder.row] = decoder.text
+        return out[:, :longest + n + 1]
     finally:
         model.train(training)
+        if training:
+            forget(model)  # the weights are about to change
 
 
 def check(cfg, idx, max_new_tokens, temperature, top_k, top_p, beams, lengths, vocab):
@@ -238,6 +345,11 @@ def check(cfg, idx, max_new_tokens, temperature, top_k, top_p, beams, lengths, v
     return lengths
 
 
+def few_go_on(ended):
+    """Whether so many rows have ended, (B,) of bool, that it pays to drop them: a quarter."""
+    return 4 * int(ended.sum()) >= len(ended)
+
+
 def beam_search(decoder, max_new_tokens, beams, stop):
     """Of each row the best finished text by mean log-probability, a text being new tokens only.
 
@@ -245,37 +357,45 @@ def beam_search(decoder, max_new_tokens, beams, stop):
     the worst of them.
     """
     B, device = len(decoder.text), decoder.text.device
-    row = torch.arange(B, device=device).unsqueeze(1)                # (B, 1)
-    start = decoder.ends
-    decoder.select(row.flatten().repeat_interleave(beams))
+    origin, start, longest = decoder.row, decoder.ends, int(decoder.ends.max())
+    out = decoder.text.clone()
+    # Beams of a row have its prompt in common. Under MoD there are fewer entries than tokens.
+    since = 0 if decoder.model.cfg.phi == 'mod' else int(start.min())
+    decoder.select(torch.arange(B, device=device).repeat_interleave(beams))
     running = torch.full((B, beams), -math.inf, device=device)       # sums of log-probabilities
     running[:, 0] = 0                                                # all begin equal: let one speak
     finished = torch.full((B, beams), -math.inf, device=device)      # means of log-probabilities
     kept = decoder.text.view(B, beams, -1).clone()                   # the texts that they are of
-    ended = torch.zeros(B, 1, dtype=torch.bool, device=device)       # it stays so, whatever other rows do
     likeliest = torch.arange(2 * beams, device=device) < beams
     for n in range(1, max_new_tokens + 1):
-        logp = decoder.logits.log_softmax(-1).view(B, beams, -1)
+        row = torch.arange(len(start), device=device).unsqueeze(1)   # (B, 1), of those that go on
+        logp = decoder.logits.log_softmax(-1).view(len(row), beams, -1)
         V = logp.size(-1)
         top, flat = (running.unsqueeze(-1) + logp).flatten(1).topk(2 * beams)  # enough, if half end here
         beam, token = flat // V, flat % V                            # (B, 2 beams)
-        texts = decoder.text.view(B, beams, -1)[row, beam]           # (B, 2 beams, size)
-        here = (start + n - 1).view(B, 1, 1).expand(-1, 2 * beams, 1)
+        texts = decoder.text.view(len(row), beams, -1)[row, beam]    # (B, 2 beams, size)
+        here = (start + n - 1).view(-1, 1, 1).expand(-1, 2 * beams, 1)
         texts.scatter_(2, here, token.unsqueeze(-1))
         over = torch.zeros_like(token, dtype=torch.bool) if stop is None else token == stop
         if n == max_new_tokens:
             over = over | likeliest                                  # out of room: finished as it is
-        means = (top / n).masked_fill(~(over & likeliest) | ended, -math.inf)
+        means = (top / n).masked_fill(~(over & likeliest), -math.inf)
         finished, chosen = torch.cat((finished, means), 1).topk(beams)
         kept = torch.cat((kept, texts), 1)[row, chosen]
         running, go = top.masked_fill(over, -math.inf).topk(beams)
-        ended |= finished[:, -1:] >= running[:, :1] / n
+        ended = finished[:, -1] >= running[:, 0] / n
+        out[origin[ended]] = kept[ended, 0]
         if n == max_new_tokens or ended.all():
             break
-        decoder.select((row * beams + beam.gather(1, go)).flatten())
+        decoder.select((row * beams + beam.gather(1, go)).flatten(), since)
         decoder.write(token.gather(1, go).flatten())
+        if ended.any():                                              # they stay as they are
+            decoder.select((row * beams + torch.arange(beams, device=device))[~ended].flatten())
+            origin, start, running, finished, kept = (
+                t[~ended] for t in (origin, start, running, finished, kept))
         decoder.read()
-    return kept[:, 0, :int(start.max()) + n]
+    out[origin[~ended]] = kept[~ended, 0]
+    return out[:, :longest + n]
 
 
 def main():

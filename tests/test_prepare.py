@@ -643,7 +643,7 @@ def test_ctrl_c_is_one_sentence_and_leaves_all_as_it_was(whom, tmp_path):
     (os.kill if whom == 'parent' else os.killpg)(running.process.pid, signal.SIGINT)
     status, told = running.ends()
     assert status == 130
-    assert told == f'prepare.py: stopped: {tmp_path}/out is as it was before; the same command begins anew'
+    assert told == f'prepare.py: stopped. {tmp_path}/out is as it was before; the same command begins anew'
     check(tmp_path / 'out', DOCUMENTS)
 
 
