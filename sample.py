@@ -256,7 +256,8 @@ def pick(logits, temperature, top_k, top_p):
 
 def draw(p):
     """Shares (B, V) of any sum above 0 -> a column of each row (B, 1), as likely as its share is large."""
-    upto = p.cumsum(-1, dtype=torch.float64)
+    exact = torch.float32 if p.device.type == 'mps' else torch.float64  # mps has no other
+    upto = p.cumsum(-1, dtype=exact)
     u = 1 - torch.rand_like(upto[:, :1])  # above 0, so that no share of 0 is drawn
     return torch.searchsorted(upto, u * upto[:, -1:])
 

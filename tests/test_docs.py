@@ -18,8 +18,8 @@ from model import MoMConfig
 
 ROOT = common.ROOT
 # What the pages name already and the code will have soon. Take a name out when it is there.
-COMING = {'evaluate.py', 'docs/architecture.svg',
-          '--track', '--hub_config', '--tasks'}
+COMING = {'evaluate.py',
+          '--tasks'}
 
 
 def read(path):
