@@ -46,8 +46,8 @@ def from_pretrained(source, **overrides):
 
     source: 'gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl' (fetched from the Hub), a directory in
     Hugging Face format, or a checkpoint of train.py (its file or its directory, then best.pt).
-    overrides: fields of MoMConfig. With `chunks`, the layers of a vanilla model become the modules of
-    those chunks, and fresh routers are added; a shorter block_size cuts the position table.
+    overrides: fields of MoMConfig. With `chunks`, the layers of a vanilla model become the modules
+    of those chunks, and fresh routers are added; a shorter block_size cuts the position table.
     Raises ValueError when the weights and the wanted shape do not agree, or cannot be read.
     """
     state, base = read_weights(source)
@@ -64,8 +64,8 @@ def from_pretrained(source, **overrides):
                          f'{have.n_layer} layers')
     if not have.vanilla and modules_of(cfg) != modules_of(have):
         raise ValueError(f'{source} is assembled already, with phi={have.phi!r} and chunks '
-                         f'{have.chunks}: only a vanilla model can become phi={cfg.phi!r} with other '
-                         f'pools or chunks {cfg.chunks}. Start from its phase-one checkpoint')
+                         f'{have.chunks}: only a vanilla model can become phi={cfg.phi!r} with '
+                         f'other pools or chunks {cfg.chunks}. Start from its phase-one checkpoint')
     model = GPT(cfg)
     model.load_state_dict(regroup(state, model, have.vanilla, source), strict=True)
     return model
@@ -113,11 +113,11 @@ def load_checkpoint(path):
 def load_file(path):
     """What torch.save wrote to a file, on the CPU; no code in it is ever run.
 
-    Raises ValueError if it is broken. The file is a zip archive with a checksum of each tensor, which torch
-    itself does not look at.
+    Raises ValueError if it is broken. The file is a zip archive with a checksum of each tensor,
+    which torch itself does not look at.
     """
     try:
-        zipped = zipfile.is_zipfile(path)  # torch.save's format since 2020; GPT-2's pickles are older
+        zipped = zipfile.is_zipfile(path)  # torch.save's format since 2020, if not GPT-2's
         if zipped:
             with zipfile.ZipFile(path) as archive:
                 if changed := archive.testzip():
@@ -129,21 +129,21 @@ def load_file(path):
 
 
 def numbers(weights):
-    """Tensors by name, without what a tool put before every name, such as `_orig_mod.` or `module.`.
+    """Tensors by name, without what a tool put before every name, such as `_orig_mod.`, `module.`.
 
-    Raises TypeError, AttributeError or KeyError for what is not weights of one model.
+    Raises TypeError or AttributeError for what is not the weights of one model.
     """
     tables = [name for name in weights if name.endswith('wpe.weight')]
     before = [name.removesuffix('wpe.weight') for name in tables]
     if len(before) > 1:
-        raise KeyError(f'wpe.weight after one prefix; there are {before}')
+        raise TypeError(f'they belong to several models, named {before}')
     for name, w in weights.items():
         if w.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
             raise TypeError(f'weights must be floating-point numbers, and {name} is {w.dtype}')
     return {name.removeprefix(*before): w for name, w in weights.items()} if before else weights
 
 
-# ----------------------------------------------------------------------------- Hugging Face's format
+# ---------------------------------------------------------------------------- Hugging Face's format
 
 def download(name):
     """Fetch GPT-2 `name` from the Hub, or find it in the Hub's local cache -> its directory.
@@ -156,8 +156,8 @@ def download(name):
             path = hf_hub_download(HUB[name], file)
     except OSError as error:  # no network, no such file, no access: all are derived from it
         raise ValueError(f'{HUB[name]} could not be fetched from the Hugging Face Hub '
-                         f'({type(error).__name__}): give a local directory with its config.json and '
-                         'model.safetensors instead of the name') from error
+                         f'({type(error).__name__}): give a local directory with its config.json '
+                         'and model.safetensors instead of the name') from error
     blob = os.path.basename(os.path.realpath(path))
     if len(blob) == 64 and common.sha256(path) != blob:
         raise ValueError(f'{path} is broken (its SHA-256 is not {blob}): delete it, and it is '
@@ -174,12 +174,12 @@ def read_folder(folder):
     try:
         return numbers(read_tensors(folder)), asdict(MoMConfig(**config['model_config']))
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'{path} and the weights beside it are not those of a MoM ({error!r}): copy '
-                         'them again') from error
+        raise ValueError(f'{path} and the weights beside it are not those of a MoM ({error!r}): '
+                         'copy them again') from error
 
 
 def read_gpt2(folder, hf):
-    """The weights of a GPT-2 in Hugging Face format, hf being its config.json -> see read_weights."""
+    """A GPT-2 in Hugging Face format, of which hf is the config.json -> see read_weights."""
     path = os.path.join(folder, 'config.json')
     try:
         sizes = dict(n_embd=hf['n_embd'], n_head=hf['n_head'], block_size=hf['n_positions'],
@@ -206,17 +206,20 @@ def read_gpt2(folder, hf):
         heads = [w for name, w in weights.items() if name.endswith('lm_head.weight')]
         for head in heads:  # it is tied: one of the two is enough
             if not torch.equal(head, weights.setdefault('wte.weight', head)):
-                raise ValueError(f'lm_head.weight and wte.weight in {folder} differ: its head is not '
-                                 'tied, and it is another model')
+                raise ValueError(f'lm_head.weight and wte.weight in {folder} differ: its head is '
+                                 'not tied, and it is another model')
         of_all = 'wte.weight', 'wpe.weight', 'ln_f.weight', 'ln_f.bias'
         state = {name: weights[name] for name in of_all}
         for i in range(hf['n_layer']):
             for theirs, ours in HF_NAMES.items():
                 w = weights[f'h.{i}.{theirs}']
                 state[f'chunks.{i}.{ours}'] = w.unsqueeze(0)  # a pool of N = 1
-    except (KeyError, TypeError, AttributeError) as error:  # one is missing, or is no tensor of numbers
+    except KeyError as error:
         raise ValueError(f'the weights in {folder} lack {error}: they are not those of its '
                          'config.json') from error
+    except (TypeError, AttributeError) as error:
+        raise ValueError(f'the weights in {folder} cannot be used ({error}): take those of one model, '
+                         'in fp32, bf16 or fp16') from error
     if any(name.startswith(f'h.{hf["n_layer"]}.') for name in weights):
         raise ValueError(f'{folder} has weights of more than the {hf["n_layer"]} layers that its '
                          'config.json says: copy both again')
@@ -228,7 +231,7 @@ def read_gpt2(folder, hf):
 
 
 def read_tensors(folder):
-    """The tensors by name of model.safetensors, else of pytorch_model.bin, in one file or in parts."""
+    """The tensors by name of model.safetensors, else of pytorch_model.bin, whole or in parts."""
     for name in ('model.safetensors', 'pytorch_model.bin'):
         whole, index = os.path.join(folder, name), os.path.join(folder, f'{name}.index.json')
         if os.path.isfile(whole):
@@ -258,7 +261,8 @@ def read_file(path):
     try:
         return safetensors.torch.load_file(path)
     except UNREADABLE as error:
-        raise ValueError(f'{path} cannot be read ({type(error).__name__}): copy it again') from error
+        raise ValueError(f'{path} cannot be read ({type(error).__name__}): copy it again'
+                         ) from error
 
 
 def read_json(path):
@@ -277,8 +281,8 @@ def read_json(path):
 def regroup(state, model, vanilla, source):
     """The weights `state` as a state dict for `model`.
 
-    If they are a vanilla model's, consecutive layers are stacked into the pools of a chunk (its Plan
-    says which), and what no layer has, routers, stays as `model` has it, fresh. source: for errors.
+    If they are a vanilla model's, consecutive layers are stacked into the pools of a chunk (its
+    Plan says which), and what no layer has, routers, stays as `model` has it, fresh. source: for errors.
     """
     cfg, arranged = model.cfg, {}
     starts = [0, *itertools.accumulate(cfg.sizes)]  # the first layer of each chunk
@@ -295,8 +299,8 @@ def regroup(state, model, vanilla, source):
         parts = []
         for layer in layers:
             if layer not in state:
-                raise ValueError(f'{source} has no {name} for chunks={cfg.chunks}: take the settings '
-                                 'of its training')
+                raise ValueError(f'{source} has no {name} for chunks={cfg.chunks}: take the '
+                                 'settings of its training')
             w = state[layer]
             parts.append(w[:len(fresh)] if name == 'wpe.weight' else w)
         want = (len(fresh) // len(parts), *fresh.shape[1:])
@@ -356,9 +360,9 @@ def hugging_face_names(state):  # of a vanilla model; its head is its embedding,
 
 
 def tokenizer_json(tokenizer):
-    """A tokenizer as the `tokenizers` package reads it: a BPE over bytes. 'bytes' is one without merges.
+    """A tokenizer as the `tokenizers` package reads it: a BPE over bytes; 'bytes' has no merges.
 
-    The file writes each byte as one letter: its own if it can be seen, else one above the first 256.
+    The file has one letter for a byte: its own if it can be seen, else one above the first 256.
     """
     seen = [b for b in range(256) if chr(b).isprintable() and chr(b) != ' ']
     hidden = [b for b in range(256) if b not in seen]
@@ -383,7 +387,7 @@ def tokenizer_json(tokenizer):
 
 
 def halves(piece, ids):
-    """The two pieces of which a merge makes `piece`: what the merges before it leave of its bytes."""
+    """The two pieces that a merge makes `piece` of: what the merges before it leave of its bytes."""
     parts = [piece[i:i + 1] for i in range(len(piece))]
     while len(parts) > 2:
         merged = [ids.get(a + b, len(ids)) for a, b in itertools.pairwise(parts)]
@@ -400,15 +404,15 @@ def main():
             'tokenizer_config.json'}
     there = {name.removesuffix('.part') for name in os.listdir(folder)}  # .part: of a stopped run
     if there - ours:
-        raise ValueError(f'{folder} holds {min(there - ours)}, which is not written here: name a new '
-                         'folder with --out_dir=FOLDER')
+        raise ValueError(f'{folder} holds {min(there - ours)}, which is not written here: name a '
+                         'new folder with --out_dir=FOLDER')
     if there and not overwrite:
         raise ValueError(f'{folder} holds a model already: name a new folder, or replace it with '
                          '--overwrite=True')
     model, tokenizer = from_pretrained(source), common.tokenizer_of(source)
     if tokenizer.n_vocab > model.cfg.vocab_size:
         raise ValueError(f'{source} knows {model.cfg.vocab_size} kinds of token, and its tokenizer '
-                         f'{tokenizer.name!r} makes {tokenizer.n_vocab}: it was trained with another')
+                         f'{tokenizer.name!r} makes {tokenizer.n_vocab}: it is not the one of its training')
     write_folder(model, tokenizer, folder)
     reader = 'AutoModelForCausalLM' if model.cfg.vanilla else 'GPT'
     print(f'{folder}: {reader}.from_pretrained({folder!r}) reads it')
