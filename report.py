@@ -69,8 +69,8 @@ def save(folder, name, panels, numbers, columns):
     figure.supxlabel('\n'.join(caption), x=0.01, ha='left', fontsize=8)
     write(folder, f'{name}.png', image(figure, 'png', dpi=130))
     write(folder, f'{name}.json', json.dumps(numbers, indent=1).encode() + b'\n')
-    drawn = ''.join(map(drawing, panels))
-    return f'<figure><div>{drawn}</div><figcaption>{SAID[name]}</figcaption></figure>'
+    drawn = ''.join(f'<div>{"".join(map(drawing, row))}</div>' for row in rows)
+    return f'<figure>{drawn}<figcaption>{SAID[name]}</figcaption></figure>'
 
 
 def image(figure, kind, **how):
@@ -464,7 +464,7 @@ HOW = {  # what a stranger needs to know of a model
     'moe_share': 'The feed-forward modules (FFN) of a chunk of several layers are in one pool, and '
                  'at each layer a router chooses {K} of them, for every token by itself.',
     'mod': 'At every other layer, a chunk of one, a router decides, for every token by itself, '
-           'whether it goes through the block of that layer or passes it by (SKIP).'}
+           'whether it goes through the block of that layer (1) or passes it by (SKIP).'}
 CAN_SKIP = ' SKIP is a choice too: to take one module less.'
 
 
