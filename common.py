@@ -745,7 +745,7 @@ def peak_memory(device):
     """The most bytes that this process has held on a device, or None where nobody counts."""
     import torch
     if device.startswith(('cuda', 'xpu')):
-        return torch.accelerator.max_memory_allocated()
+        return torch.accelerator.max_memory_allocated(device)
     try:
         import resource
     except ImportError:  # Windows
