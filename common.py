@@ -591,8 +591,9 @@ def open_utf8(path):
         raise ValueError(f'{path} is not UTF-8 ({error.reason}): save it as UTF-8; if it is latin1, '
                          + _convert(path, 'latin1')) from error
     except OSError as error:
-        raise ValueError(f'{path} cannot be read ({error.strerror or error}): give a text file that '
-                         'can, or fetch it again') from error
+        told = error.strerror or ' '.join(str(error).split())
+        raise ValueError(f'{path} cannot be read ({told}): give a text file that can, or fetch it '
+                         'again') from error
 
 
 def _utf_16_or_32(head):  # the encoding that the first bytes of a file betray, or None

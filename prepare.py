@@ -74,9 +74,9 @@ def find_files(paths):
                 print(f'in {path}, files of other endings were left out: {", ".join(counts)}')
             files += found
         elif not os.path.exists(path):
-            raise ValueError(f"no file or folder {path!r}: dataset takes 'sotu', 'openwebtext', a Hub "
-                             f'id such as {OPENWEBTEXT}, or paths of {KINDS} files and folders of '
-                             'them, separated by commas')
+            raise ValueError(f"no file or folder {path!r}: dataset takes 'sotu', 'openwebtext', "
+                             f'a Hub id such as {OPENWEBTEXT}, or paths of {KINDS} files and '
+                             'folders of them, separated by commas')
         elif not ENDINGS.search(path):
             raise ValueError(f'{path} has an unknown ending: convert it to one of {KINDS}')
         else:
@@ -104,8 +104,8 @@ def chunks(value, where, columns):
         kind = 'null' if value is None else type(value).__name__
         found = f'{kind} in' if field in columns else 'no'
         raise ValueError(f'{where} has {found} field {field!r}, where text was wanted; its columns '
-                         f'are {", ".join(columns)}: name the one with text (--field=NAME) or repair '
-                         'the file')
+                         f'are {", ".join(columns)}: name the one with text (--field=NAME) or '
+                         'repair the file')
     try:
         value.encode()
     except UnicodeEncodeError as error:  # JSON can spell half of a surrogate pair, UTF-8 cannot
@@ -131,8 +131,8 @@ def whole(parts, path):
         before += chunk
         if not marked and common.EOT in before:
             marked.append(path)
-            split = f'--split_on={common.EOT}'
-            again = common.command('python', 'prepare.py', *sys.argv[1:], split)
+            more = f'--split_on={common.EOT}'
+            again = common.command('python', 'prepare.py', *sys.argv[1:], more)
             tqdm.write(f'note: {path} has {common.EOT} in its text. It is taken as text. If it '
                        f'stands between documents, stop this and run: {again}', file=sys.stderr)
         before = before[-len(common.EOT):]
@@ -171,8 +171,8 @@ def read_jsonl(path):
                 raise ValueError(f'{place} is not JSON in UTF-8 ({error}): repair or delete it'
                                  ) from error
             if not isinstance(row, dict):
-                raise ValueError(f'{place} is a {type(row).__name__}: write {{"{field}": "..."}} on '
-                                 'each line')
+                raise ValueError(f'{place} is a {type(row).__name__}: write {{"{field}": "..."}} '
+                                 'on each line')
             yield from chunks(row.get(field), place, row)
 
 
@@ -184,8 +184,8 @@ def read_rows(batches, where, columns):
         for n, value in enumerate(chain.from_iterable(batches), 1):
             yield from chunks(value, f'{where}, row {n}', columns)
     except UnicodeDecodeError as error:
-        raise ValueError(f'{where} holds text that is not UTF-8 ({error.reason}): write it again as '
-                         'UTF-8') from error
+        raise ValueError(f'{where} holds text that is not UTF-8 ({error.reason}): write it again '
+                         'as UTF-8') from error
     except OSError as error:  # pyarrow's, for pages that are damaged; the network's
         told = ' '.join(str(error).split())
         raise ValueError(f'{where} is broken ({told}): fetch or write it again') from error
@@ -198,7 +198,8 @@ def read_parquet(path):
         # Without these two it reads whole groups of rows.
         table = ParquetFile(path, pre_buffer=False, buffer_size=PIECE)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f'{path} is not a parquet file ({error}): fetch or write it again'
+        told = ' '.join(str(error).split())
+        raise ValueError(f'{path} is not a parquet file ({told}): fetch or write it again'
                          ) from error
     rows = table.iter_batches(batch_size=64, columns=[field])
     batches = (batch.column(0).to_pylist() for batch in rows)
@@ -213,8 +214,8 @@ def read_files(files):
 
 def read_hub(hub_id):
     """A data set of the Hub -> its documents, and about how many bytes (None: unknown)."""
-    instead = ('another id, --hub_config or --hub_split, or a copy of your own with --dataset=PATHS '
-               f'of {KINDS}')
+    instead = ('another id, --hub_config or --hub_split, or a copy of your own with '
+               f'--dataset=PATHS of {KINDS}')
     table = common.hub_table(hub_id, hub_config or None, hub_split, hub_stream, instead)
     columns = table.column_names or list(next(iter(table), {}))  # a stream may not know them before
     if field in columns:
@@ -253,8 +254,8 @@ def corpus():
 
 # A text may be cut directly before whitespace that follows a non-space, and nowhere else: there
 # GPT-2's pre-tokenizer always ends a word, and it looks ahead from whitespace only, so the pieces
-# give the tokens of the whole. Just these four: \s of Python knows characters that are no whitespace
-# to it.
+# give the tokens of the whole. Just these four: \s of Python knows characters that are no
+# whitespace to it.
 CUT = re.compile(r'.*\S(?=[ \t\r\n])', re.DOTALL)  # greedy: the last such place
 
 
@@ -316,7 +317,7 @@ def encode_all(batches, tok, n_workers):
     if n_workers == 1:
         yield from (encode(batch, tok) for batch in batches)
         return
-    spawn = multiprocessing.get_context('spawn')  # fork is unsafe beside pyarrow's and tqdm's threads
+    spawn = multiprocessing.get_context('spawn')  # fork is unsafe beside other threads
     try:
         with ProcessPoolExecutor(n_workers, spawn, start_worker, (tok,)) as pool:
             pending = deque()
@@ -417,12 +418,12 @@ def look_before_replacing(out):
         if not os.path.exists(path) or meta and name == 'meta.json':
             continue
         if not meta or common.sha256(path) != meta[f'{name[:-4]}_sha256']:
-            raise ValueError(f'{path} is not known as one of prepare.py (no whole meta.json tells its '
-                             'SHA-256) and stays as it is: delete it if nobody needs it, or name '
-                             'another folder, --out_dir=FOLDER')
+            raise ValueError(f'{path} is not known as one of prepare.py (no whole meta.json tells '
+                             'its SHA-256) and stays as it is: delete it if nobody needs it, or '
+                             'name another folder, --out_dir=FOLDER')
     if meta:
-        print(f'{out} holds {meta["source"]}, {meta["tokenizer"]} tokens: replaced once the new files '
-              'are whole')
+        print(f'{out} holds {meta["source"]}, {meta["tokenizer"]} tokens: replaced once the new '
+              'files are whole')
 
 
 def main():
@@ -442,8 +443,8 @@ def main():
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
-        raise ValueError(f'{out} takes no more ({error.strerror}): make room there, about 4 bytes a '
-                         'token, or name a folder on another disk, --out_dir=FOLDER') from error
+        raise ValueError(f'{out} takes no more ({error.strerror}): make room there, about 4 bytes '
+                         'a token, or name a folder on another disk, --out_dir=FOLDER') from error
     print(f'{source}: {text_bytes:,} bytes of text, {len(ends):,} of its documents not empty\n'
           f'{out}: train.bin {meta["train_tokens"]:,} tokens, val.bin {meta["val_tokens"]:,}\n'
           f'next: {common.command("python", "train.py", f"--data_dir={out}")}')
@@ -458,15 +459,16 @@ def write(tokens, out, source, tok, ends, text_bytes):
     count = val_tokens or min(MOST_VAL, share)
     if not 2 <= count <= total - 2:
         fix = f'try --val_tokens={share}' if total >= 4 else 'give more text'
-        raise ValueError(f'val_tokens={count:,} of {total:,} tokens leave a split with fewer than 2: '
-                         f'{fix}')
+        raise ValueError(f'val_tokens={count:,} of {total:,} tokens leave a split with fewer than '
+                         f'2: {fix}')
     paths = [os.path.join(out, name) for name in ('meta.json', 'train.bin', 'val.bin')]
     with (common.atomic_write(paths[0]) as meta_json, common.atomic_write(paths[1]) as train,
           common.atomic_write(paths[2]) as val):
         ranges = draw(ends, count, seed)
         val_bytes, train_sha256, val_sha256 = copy_splits(tokens, train, val, ranges, total, tok)
         meta = dict(format=1, tokenizer=tokenizer, vocab_size=tok.n_vocab, eot=tok.eot_token,
-                    source=source, documents=len(ends), train_tokens=total - count, val_tokens=count,
+                    source=source, documents=len(ends),
+                    train_tokens=total - count, val_tokens=count,
                     train_bytes=text_bytes - val_bytes, val_bytes=val_bytes,  # of text, in UTF-8
                     seed=seed, train_sha256=train_sha256, val_sha256=val_sha256)
         meta['seal'] = common.seal(meta)

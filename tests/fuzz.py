@@ -1,12 +1,17 @@
-"""Damage the files that a training reads, at random: each run must refuse them in one sentence, or be unharmed.
+"""Damage the files that a program reads, at random: each run must refuse them in one sentence, or be unharmed.
 
-  python tests/fuzz.py                     1,000 cases: six minutes on 2 CPU cores
+  python tests/fuzz.py                     1,000 cases of train.py: six minutes on 2 CPU cores
+  python tests/fuzz.py --of=prepare        1,000 cases of prepare.py: ten seconds
 
 Data, meta.json, checkpoints (to resume, to begin from) and GPT-2 weights in Hugging Face's format are flipped by a bit,
 cut, blanked, scrambled, emptied, deleted, written in another type, or replaced by a file of the same kind. A run that
 goes through has to print the losses of an undamaged one; or, where a format has no checksum (safetensors), a SHA-256 of
-the weights that differs from the good one, so that the damage can be seen.
+the weights that differs from the good one, so that the damage can be seen. Of prepare.py, texts are damaged, packed or
+not: it must write the tokens of just what Python's own readers find in the file.
 """
+import contextlib
+import gzip
+import io
 import json
 import os
 import random
@@ -16,15 +21,20 @@ import sys
 import tempfile
 from collections import Counter
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import safetensors.torch
 import torch
 import transformers
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common
+import prepare
 from tests import kill
 
 # ---
+of = 'train'  # 'train' or 'prepare'
 cases = 1000  # how many
 seed = 1      # of what is damaged, and how
 # ---
@@ -92,6 +102,17 @@ def retype(path, rng):
         with open(path, 'w') as f:
             json.dump(content, f)
         return f' {key}'
+    if '.txt' in path or '.jsonl' in path or path.endswith('.parquet'):
+        with open(path, 'rb') as f:
+            data = f.read()
+        if rng.random() < 0.5:
+            data = b''.join(data[i:i + 1] + b'\0' for i in range(len(data)))
+            how = ' two bytes for one'
+        else:
+            data, how = gzip.compress(data), ' packed'
+        with open(path, 'wb') as f:
+            f.write(data)
+        return how
     if path.endswith('.safetensors'):
         weights = safetensors.torch.load_file(path)
         name = rng.choice(list(weights))
@@ -111,7 +132,7 @@ def retype(path, rng):
     return f' {key}'
 
 
-def prepare(folder):
+def files_of_training(folder):
     """Two of each kind of file, and what undamaged runs print -> [(name, path, other path, arguments)], facts."""
     data, other_data, run, other_run, hf, other_hf = (os.path.join(folder, name) for name in (
         'data', 'other_data', 'run', 'other_run', 'hf', 'other_hf'))
@@ -147,7 +168,7 @@ def fuzz(cases, seed):
     """Run that many cases -> (Counter of how they ended, list of descriptions of those that went wrong)."""
     rng, ends, wrong = random.Random(seed), Counter(), []
     with tempfile.TemporaryDirectory() as folder:
-        kinds, good = prepare(folder), {}
+        kinds, good = files_of_training(folder), {}
         files = os.path.join(folder, 'copy')
         for case in range(-len(kinds), cases):  # the first ones undamaged
             name, path, other, args = kinds[case % len(kinds)]
@@ -175,7 +196,85 @@ def fuzz(cases, seed):
     return ends, wrong
 
 
+# ----------------------------------------------------------------------------- prepare.py
+
+WORDS = ['Wörter ', '日本 ', 'a', "it's ", '\n', '\r\n', ' ' * 30, '😀', '\x00', '\ufeff', '<|endoftext|>',
+         '{"text": "', '"}\n']
+TEXTS = 'a.txt', 'a.txt.gz', 'a.txt.zst', 'a.jsonl', 'a.jsonl.gz', 'a.jsonl.zst', 'a.parquet'
+
+
+def write_texts(path, texts, rng):
+    """Some texts in a file of that ending, a .txt in one of several encodings."""
+    if path.endswith('.parquet'):
+        return pq.write_table(pa.table({'text': texts}), path)
+    encoding = rng.choice(['utf-8', 'utf-8', 'utf-8-sig', 'utf-16', 'utf-16le', 'utf-16be', 'latin1'])
+    data = ''.join(texts).encode(encoding, errors='ignore')
+    if '.jsonl' in path:
+        ascii_only = rng.random() < 0.5
+        lines = [json.dumps({'text': text}, ensure_ascii=ascii_only) + '\n' for text in texts]
+        data = ''.join(lines).encode()
+    if path.endswith('.gz'):
+        data = gzip.compress(data)
+    if path.endswith('.zst'):
+        data = pa.compress(data, codec='zstd', asbytes=True)
+    with open(path, 'wb') as f:
+        f.write(data)
+
+
+def texts_in(path):
+    """The texts of a file as Python's own readers find them."""
+    if path.endswith('.parquet'):
+        return pq.read_table(path).column('text').to_pylist()
+    with open(path, 'rb') as f:
+        data = f.read()
+    if path.endswith('.gz'):
+        data = gzip.decompress(data)
+    if path.endswith('.zst'):
+        with pa.input_stream(io.BytesIO(data), compression='zstd') as f:
+            data = f.read()
+    if '.txt' in path:
+        return [data.decode('utf-8-sig')]
+    return [json.loads(line.decode('utf-8-sig'))['text'] for line in data.split(b'\n') if line.strip()]
+
+
+def fuzz_prepare(cases, seed):
+    """As fuzz, of prepare.py."""
+    rng, ends, wrong, tokenizer = random.Random(seed), Counter(), [], common.tokenizer('bytes')
+    prepare.tokenizer, prepare.workers = 'bytes', 1
+    with tempfile.TemporaryDirectory() as folder:
+        for case in range(cases):
+            name, out = rng.choice(TEXTS), os.path.join(folder, 'out')
+            path, other = os.path.join(folder, name), os.path.join(folder, 'other')
+            for where in (path, other + name):
+                write_texts(where, [''.join(rng.choices(WORDS, k=rng.randrange(1, 60))) for _ in range(3)], rng)
+            how = rng.choice(['', damage])
+            how = how and how(path, other + name, rng)
+            prepare.dataset, prepare.out_dir = path, out
+            shutil.rmtree(out, ignore_errors=True)
+            common._locks.clear()
+            try:
+                with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+                    prepare.main()
+            except ValueError as error:
+                left = set(os.listdir(out) if os.path.isdir(out) else ()) - {'.lock'}
+                if '\n' in str(error) or type(error) is not ValueError or left:
+                    wrong.append(f'case {case}: {name}, {how}: {error!r}, {left}')
+                ends[f'{name}: refused'] += 1
+                continue
+            except Exception as error:
+                wrong.append(f'case {case}: {name}, {how}: {error!r}')
+                continue
+            ids = np.concatenate([np.fromfile(os.path.join(out, f'{split}.bin'), '<u2') for split in ('train', 'val')])
+            want = [tokenizer.encode_ordinary(text) + [tokenizer.eot_token] for text in texts_in(path) if text]
+            if Counter(ids.tolist()) != Counter(sum(want, [])):
+                wrong.append(f'case {case}: {name}, {how}: other tokens')
+            ends[f'{name}: unharmed'] += 1
+    return ends, wrong
+
+
 if __name__ == '__main__':
-    ends, wrong = fuzz(cases, seed)
+    if of not in ('train', 'prepare'):
+        raise ValueError(f"of={of!r} must be 'train' or 'prepare'")
+    ends, wrong = (fuzz if of == 'train' else fuzz_prepare)(cases, seed)
     print('\n'.join([*(f'{n:5} {end}' for end, n in sorted(ends.items())), *wrong, f'{len(wrong)} of {cases} wrong']))
     sys.exit(bool(wrong))

