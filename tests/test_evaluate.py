@@ -1,0 +1,183 @@
+"""evaluate.py against one token at a time through transformers, and its tasks against plain logits."""
+import importlib.util
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+
+import common
+import evaluate
+from model import GPT
+from test_model import stir, tiny
+
+BYTES = common.tokenizer('bytes')
+TEXT = 'The Union is strong, and it is “one”.\n  So it was, it is; it will be: 1, 2, 3.'
+PHI = [dict(chunks='1-1-1'), dict(K=2, H=3), dict(chunks='1-1-1', phi='mod', K=1)]
+needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec('lm_eval') is None,
+                                   reason='lm-eval is not installed')
+
+
+def bytes_model(std=0.3, **case):
+    return stir(GPT(tiny(vocab_size=257, **case)), std=std).eval()
+
+
+def run(tmp_path, *args):  # the script, on a model of bytes -> what it wrote, and what it printed
+    model = bytes_model(K=2, H=3, block_size=64)
+    torch.save({'model': model.state_dict(), 'model_config': vars(model.cfg),
+                'meta': {'tokenizer': 'bytes'}}, tmp_path / 'last.pt')
+    done = subprocess.run(
+        [sys.executable, 'evaluate.py', f'--source={tmp_path}', f'--out_dir={tmp_path}/results', *args],
+        cwd=common.ROOT, capture_output=True, text=True,
+        env={**os.environ, 'HF_HOME': str(tmp_path / 'hub'), 'HF_HUB_OFFLINE': '1'})
+    written = [json.loads(path.read_text()) for path in tmp_path.glob('results/*/*.json')]
+    return model, written, done
+
+
+# ----------------------------------------------------------------------------- perplexity
+
+@pytest.mark.parametrize('length', [1, 15, 16, 17, 70])
+@pytest.mark.parametrize('stride', [1, 5, 8, 16])
+def test_perplexity_is_that_of_one_token_at_a_time(length, stride, tmp_path):
+    hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, n_positions=16, vocab_size=257, bos_token_id=0, eos_token_id=0))
+    stir(hf.eval(), std=0.3).save_pretrained(tmp_path)
+    text = TEXT.encode()[:length].decode(errors='ignore')
+    ids = [256, *text.encode()]
+    end, nats = min(16, len(ids) - 1), 0.0
+    for at in range(1, len(ids)):
+        if at > end:  # the window moves on
+            end = min(end + stride, len(ids) - 1)
+        seen = torch.tensor([ids[max(0, end - 16):at]])
+        with torch.no_grad():
+            nats -= hf(seen).logits[0, -1].log_softmax(-1)[ids[at]].item()
+    model = GPT.from_pretrained(str(tmp_path)).eval()
+    got = evaluate.perplexity(model, BYTES, text, stride, batch_size=3)
+    assert got['nats'] == pytest.approx(nats, rel=1e-5) and nats > 1
+    assert (got['tokens'], got['bytes']) == (len(text.encode()), len(text.encode()))
+    assert got['words'] == len(text.split())
+    assert got['token_perplexity'] == pytest.approx(math.exp(nats / len(text.encode())), rel=1e-4)
+    assert got['word_perplexity'] == pytest.approx(math.exp(nats / len(text.split())), rel=1e-3)
+    assert got['bits_per_byte'] == pytest.approx(nats / len(text.encode()) / math.log(2), rel=1e-5)
+
+
+@pytest.mark.parametrize('case', PHI, ids=str)
+def test_padding_and_order_change_nothing(case):
+    model = bytes_model(**case)
+    lengths = [(3, 1), (25, 24), (10, 4), (25, 1), (2, 1), (17, 16)]
+    pieces = [(torch.randint(0, 200, (length,)).tolist(), n) for length, n in lengths]
+    pieces[0][0][-1] = model(torch.tensor([pieces[0][0][:-1]]))[0][0, -1, :200].argmax().item()
+    for batch_size in 1, 4:
+        scores = evaluate.score(model, pieces, 200, batch_size)  # a tokenizer of 200 ids
+        for (ids, n), (log_p, greedy) in zip(pieces, scores):
+            logits = model(torch.tensor([ids[:-1]]))[0][0, -n:, :200]
+            want = logits.log_softmax(-1)[range(n), ids[-n:]].sum().item()
+            assert log_p == pytest.approx(want, rel=1e-4)
+            assert greedy == (logits.argmax(-1).tolist() == ids[-n:])
+        assert [greedy for _, greedy in scores] == [True] + 5 * [False]
+
+
+def test_the_script_prints_and_writes_the_same(tmp_path):
+    (tmp_path / 'a.txt').write_text(TEXT, encoding='utf-8')
+    model, written, done = run(tmp_path, f'--text={tmp_path}/a.txt', '--stride=7', '--batch_size=2')
+    want = evaluate.perplexity(model, BYTES, TEXT, 7, 1)
+    assert len(written) == 1 and written[0]['nats'] == pytest.approx(want['nats'], rel=1e-5)
+    assert f'{want["bits_per_byte"]:.4f} bits per byte' in done.stdout
+    assert written[0]['stride'] == 7 and written[0]['config']['model_sha'] == model.fingerprint()
+
+
+def test_mistakes_name_the_fix(tmp_path):
+    (tmp_path / 'a.txt').write_text(TEXT, encoding='utf-8')
+    (tmp_path / 'empty.txt').write_text('')
+    for args, message in [([], 'say what to evaluate'), (['--text=nowhere.txt'], 'cannot be read'),
+                          ([f'--text={tmp_path}/empty.txt'], 'is empty'),
+                          ([f'--text={tmp_path}/a.txt', '--stride=65'], 'stride=65 must be 1 to block_size=64'),
+                          ([f'--text={tmp_path}/a.txt', '--batch_size=0'], 'batch_size=0'),
+                          ([f'--text={tmp_path}/a.txt', '--dtype=float16'], "dtype='float16'")]:
+        _, written, done = run(tmp_path, *args)
+        assert done.returncode and not written
+        assert message in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_tasks_without_lm_eval_name_the_fix(monkeypatch):
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    monkeypatch.setitem(sys.modules, 'lm_eval.tasks', None)
+    with pytest.raises(ValueError, match='pip install lm-eval'):
+        evaluate.find_tasks('hellaswag')
+
+
+# ----------------------------------------------------------------------------- lm-eval
+
+@pytest.mark.parametrize('case', PHI, ids=str)
+def test_texts_are_continued_until_they_should_end(case):
+    model = bytes_model(**case)
+    prompts = ['ab', 'The state of the Union is', '', 'x']
+    got = evaluate.continue_texts(model, BYTES, prompts, {'max_gen_toks': 8, 'until': ['\0' * 9]})
+    for prompt, new in zip(prompts, got):
+        ids = list(prompt.encode())[-16:] or [256]  # block_size 24 less 8 new ones
+        with torch.no_grad():
+            for _ in range(8):
+                ids.append(model(torch.tensor([ids]))[0][0, -1].argmax().item())
+        ids = ids[-8:]
+        assert new == BYTES.decode(ids[:ids.index(256)] if 256 in ids else ids)
+    whole = max(got, key=len)
+    assert len(set(whole)) > 1
+    end = whole[-1]
+    cut = evaluate.continue_texts(model, BYTES, prompts, {'max_gen_toks': 8, 'until': end})
+    assert cut == [new.split(end)[0] for new in got]
+    with pytest.raises(ValueError, match='set max_gen_toks'):
+        evaluate.continue_texts(model, BYTES, prompts, {})
+
+
+DOCUMENTS = [{'question': 'The Union is', 'choices': [' strong', ' weak', ' it'], 'answer': 1},
+             {'question': 'We the people of ' * 5, 'choices': [' a', ' the States'], 'answer': 0},
+             {'question': 'One and', 'choices': [' two', ' three', ' four'], 'answer': 2}]
+TASKS = {
+    'choose': 'output_type: multiple_choice\ndoc_to_text: question\ndoc_to_choice: choices\n'
+              'doc_to_target: answer\nmetric_list: [{metric: acc}]\n',
+    'read': 'output_type: loglikelihood_rolling\ndoc_to_text: ""\ndoc_to_target: question\n'
+            'metric_list: [{metric: bits_per_byte}]\n',
+    'write': 'output_type: generate_until\ndoc_to_text: question\ndoc_to_target: answer\n'
+             'generation_kwargs: {max_gen_toks: 9, until: ["\\n"]}\n'
+             'metric_list: [{metric: exact_match}]\n'}
+
+
+@needs_lm_eval
+def test_tasks_of_local_files(tmp_path):
+    lines = [json.dumps(document) + '\n' for document in DOCUMENTS]
+    (tmp_path / 'documents.jsonl').write_text(''.join(lines))
+    (tmp_path / 'tasks').mkdir()
+    for name, task in TASKS.items():
+        (tmp_path / 'tasks' / f'{name}.yaml').write_text(
+            f'task: {name}\ndataset_path: json\ntest_split: test\n{task}'
+            f'dataset_kwargs: {{data_files: {{test: {tmp_path}/documents.jsonl}}}}\n')
+    model, written, done = run(tmp_path, f'--tasks={",".join(TASKS)}', f'--tasks_dir={tmp_path}/tasks')
+    assert len(written) == 1, done.stderr
+    results = written[0]['results']
+
+    def log_p(question, answer):  # from plain logits, of the last 64 bytes
+        ids = torch.tensor(list((question + answer).encode()))[-65:]
+        n = len(answer.encode())
+        with torch.no_grad():
+            logits = model(ids[None, :-1])[0][0, -n:]
+        return logits.log_softmax(-1)[range(n), ids[-n:]].sum().item()
+    right = 0
+    for d in DOCUMENTS:
+        scores = [log_p(d['question'], choice) for choice in d['choices']]
+        right += scores.index(max(scores)) == d['answer']
+    assert results['choose']['acc,none'] == pytest.approx(right / 3)
+    nats = sum(evaluate.perplexity(model, BYTES, d['question'], 64, 1)['nats'] for d in DOCUMENTS)
+    count = sum(len(d['question']) for d in DOCUMENTS)
+    assert results['read']['bits_per_byte,none'] == pytest.approx(nats / count / math.log(2), rel=1e-4)
+    assert results['write']['exact_match,none'] == 0
+    assert written[0]['config']['model_sha'] == model.fingerprint()
+    assert '|choose|' in done.stdout and 'texts are longer than block_size=64' in done.stdout
+
+    for args, message in [(['--tasks=chose'], 'near it are choose'),
+                          (['--tasks=write', '--limit=-1'], 'limit=-1')]:
+        _, _, done = run(tmp_path, f'--tasks_dir={tmp_path}/tasks', *args)
+        assert message in done.stderr and len(done.stderr.splitlines()) == 1
