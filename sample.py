@@ -9,13 +9,13 @@ hs head size.
 """
 import copy
 import math
-import os
 import weakref
 
 import torch
 
 import common
-from model import GPT, Packed, few_rows
+import inputs
+from model import Packed, few_rows
 
 # --- what
 source = 'out/mom_demo'       # a run's directory or checkpoint, a GPT-2 name, or a Hugging Face directory
@@ -412,9 +412,8 @@ def main():
     where = common.find_device(device)
     torch.manual_seed(seed)
 
-    tokenizer = common.tokenizer_of(source)
-    model = GPT.from_pretrained(source).to(where).cast(getattr(torch, dtype)).eval()
-    common.check_vocabulary(source, tokenizer, model.cfg.vocab_size)
+    model, tokenizer = inputs.model_and_tokenizer(source)
+    model = model.to(where).cast(getattr(torch, dtype)).eval()
     text = read_prompt()
     ids = tokenizer.encode_ordinary(text) or [tokenizer.eot_token]  # it stands before a document
     idx = torch.tensor([ids], device=where)
@@ -432,16 +431,7 @@ def main():
 
 def read_prompt():
     """The setting `prompt`, or the text of the file that it names."""
-    if not prompt.startswith('file:'):
-        return prompt
-    path = prompt[len('file:'):]
-    if not os.path.isfile(path):
-        raise ValueError(f'no prompt file {path}')
-    try:
-        with open(path, encoding='utf-8') as f:
-            return f.read()
-    except UnicodeDecodeError as error:
-        raise ValueError(f'{path} is not UTF-8 ({error}): convert it') from error
+    return common.read_text(prompt[len('file:'):]) if prompt.startswith('file:') else prompt
 
 
 if __name__ == '__main__':

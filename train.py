@@ -35,6 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_map
 
 import common
+import inputs
 from model import GPT, MoMConfig, has_grouped_mm
 from weights import load_checkpoint, regroup
 
@@ -135,7 +136,7 @@ need(not fsdp or world > 1 and not compile and dtype != 'float16',
      'fsdp=True shards over several processes (torchrun), and goes with neither compile=True nor '
      'dtype=float16: change that, or take --fsdp=False')
 source = last_pt if resumed else init_from
-meta = common.read_data(data_dir, source)
+meta = inputs.read_data(data_dir, source)
 
 # ----------------------------------------------------------------------------- processes
 
@@ -181,7 +182,7 @@ for split in ('train', 'val'):
          f'{data_dir}/{split}.bin has {tokens:,} tokens, not one sequence of block_size='
          f'{block_size} and its target: take a shorter block_size or more text')
 padding = cfg.vocab_size - meta['vocab_size']  # many vocabularies are padded a little, some by more
-need(0 <= padding < 128 or padding > 0 and meta['tokenizer'] == common.tokenizer_of(source).name,
+need(0 <= padding < 128 or padding > 0 and meta['tokenizer'] == inputs.tokenizer_of(source).name,
      f'{data_dir} has {meta["vocab_size"]} kinds of token, the weights know {cfg.vocab_size}: '
      'prepare the text with the tokenizer of the weights')
 

@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 
 import common
+import inputs
 from model import GPT, MoMConfig
 
 source = 'out/gpt2_small'  # a run's directory or checkpoint, GPT-2's name, a Hugging Face directory
@@ -409,7 +410,7 @@ def main():
     if there and not overwrite:
         raise ValueError(f'{folder} holds a model already: name a new folder, or replace it with '
                          '--overwrite=True')
-    model, tokenizer = from_pretrained(source), common.tokenizer_of(source)
+    model, tokenizer = from_pretrained(source), inputs.tokenizer_of(source)
     if tokenizer.n_vocab > model.cfg.vocab_size:
         raise ValueError(f'{source} knows {model.cfg.vocab_size} kinds of token, and its tokenizer '
                          f'{tokenizer.name!r} makes {tokenizer.n_vocab}: it is not the one of its training')

@@ -30,6 +30,7 @@ import transformers
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common
+import inputs
 import prepare
 from tests import kill
 
@@ -239,7 +240,7 @@ def texts_in(path):
 
 def fuzz_prepare(cases, seed):
     """As fuzz, of prepare.py."""
-    rng, ends, wrong, tokenizer = random.Random(seed), Counter(), [], common.tokenizer('bytes')
+    rng, ends, wrong, tokenizer = random.Random(seed), Counter(), [], inputs.tokenizer('bytes')
     prepare.tokenizer, prepare.workers = 'bytes', 1
     with tempfile.TemporaryDirectory() as folder:
         for case in range(cases):

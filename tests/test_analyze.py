@@ -18,6 +18,7 @@ import torch
 
 import analyze
 import common
+import inputs
 import report
 from model import GPT, Decision
 from tests import kill
@@ -170,7 +171,7 @@ def test_equal_tokens_exchange_their_routes(monkeypatch):
 def test_kinds_of_tokens():
     raw = [b'\n', b'The', b' state', b's', b' ', b'1', b' 24', b',', b'.\n', '–'.encode(), b'\xe2',
            b'<|endoftext|>', b'']
-    texts = analyze.token_texts(common.tokenizer('bytes'), list('Ü–ba'.encode()))
+    texts = analyze.token_texts(inputs.tokenizer('bytes'), list('Ü–ba'.encode()))
     assert [analyze.kind_of(before, b'b') for before in texts] == [1, 2, 1, 1, 1, 2, 2]  # of \xc3, Ü, \xe2, ...
     got = [analyze.KINDS[analyze.kind_of(before, one)] for before, one in zip([''] + [one.decode(
         errors='ignore') for one in raw], raw)]
@@ -184,11 +185,11 @@ def test_the_first_token_of_a_sequence_follows_what_stands_before_it(size, monke
     (tmp_path / 'story.txt').write_bytes(story.encode())
     monkeypatch.setattr(analyze, 'text', str(tmp_path / 'story.txt'))
     monkeypatch.setattr(analyze, 'tokens', 250)  # spread, with gaps between the sequences
-    idx, before = analyze.read_ids(common.tokenizer('bytes'), size, '')
+    idx, before = analyze.read_ids(inputs.tokenizer('bytes'), size, '')
     raw = story.encode()
     assert len(idx) == 250 // size and bytes(idx[0].tolist()) == raw[:size + 1]  # \r\n and all
-    texts, kinds = analyze.texts_and_kinds(common.tokenizer('bytes'), idx, before)
-    everything = analyze.token_texts(common.tokenizer('bytes'), list(raw))
+    texts, kinds = analyze.texts_and_kinds(inputs.tokenizer('bytes'), idx, before)
+    everything = analyze.token_texts(inputs.tokenizer('bytes'), list(raw))
     now = 0
     for ids, lead in zip(idx.tolist(), before):
         # Where the same bytes occur again, so does what is before them: the first occurrence will do.

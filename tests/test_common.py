@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import common
+import inputs
 from model import GPT, MoMConfig
 from weights import HUB
 
@@ -290,7 +291,7 @@ def test_a_mistake_is_one_sentence_without_traceback(script):
 
 
 def test_bytes_round_trip():
-    tokenizer = common.tokenizer('bytes')
+    tokenizer = inputs.tokenizer('bytes')
     text = 'Four score — and seven\r\n years\t😀'
     ids = tokenizer.encode_ordinary(text)
     assert tokenizer.decode(ids) == text and max(ids) < tokenizer.n_vocab
@@ -298,13 +299,13 @@ def test_bytes_round_trip():
 
 
 def test_gpt2_tokens_are_those_of_transformers_files():
-    tokenizer = common.tokenizer('gpt2')
+    tokenizer = inputs.tokenizer('gpt2')
     assert tokenizer.n_vocab == 50257 and tokenizer.eot_token == 50256
     assert tokenizer.encode_ordinary('Hello world') == [15496, 995]
     text = "It's  the\n\n state of the Union's — 1,024 ünïcode\t\r\n"
     assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
     with pytest.raises(ValueError, match="'gpt2' or 'bytes'"):
-        common.tokenizer('gpt4')
+        inputs.tokenizer('gpt4')
 
 
 def test_atomic_write_keeps_the_old_file(tmp_path):
@@ -329,12 +330,12 @@ def test_advice_on_data_names_what_was_meant(tmp_path, monkeypatch):
             ('/my data/sotu_gpt2/', 'gpt2', '--dataset=sotu --tokenizer=gpt2'),
             ('data/mine', 'gpt2-medium', '--dataset=FILE.txt --tokenizer=gpt2')]:
         with pytest.raises(ValueError) as error:
-            common.read_data(folder, weights)
+            inputs.read_data(folder, weights)
         out = shlex.quote(f'--out_dir={folder}')
         assert str(error.value).startswith(
             f'no data in {folder} (no meta.json): make it with python {common.ROOT}/prepare.py {words} {out}')
     torch.save(dict(model={}, model_config={}, meta=dict(tokenizer='bytes')), 'bytes.pt')
-    assert '--tokenizer=bytes' in common.prepare_command('data/mine', 'bytes.pt')
+    assert '--tokenizer=bytes' in inputs.prepare_command('data/mine', 'bytes.pt')
 
 
 @pytest.mark.parametrize('name', ['sotu_bytes', 'mine'])
@@ -344,7 +345,7 @@ def test_advice_spares_files_of_another_program(name, tmp_path):
     for split in 'train', 'val':
         (folder / f'{split}.bin').write_bytes(b'ab' * 500)
     with pytest.raises(ValueError, match='stay as they are') as error:
-        common.read_data(str(folder), 'scratch')
+        inputs.read_data(str(folder), 'scratch')
     out, = re.findall(r'--out_dir=(\S+)', str(error.value))
     assert out == f'{folder}_prepared' and f'take --data_dir={out},' in str(error.value)
 

@@ -9,13 +9,14 @@ import sys
 import pytest
 import torch
 import transformers
+from test_model import stir, tiny
 
 import common
 import evaluate
+import inputs
 from model import GPT
-from test_model import stir, tiny
 
-BYTES = common.tokenizer('bytes')
+BYTES = inputs.tokenizer('bytes')
 TEXT = 'The Union is strong, and it is “one”.\n  So it was, it is; it will be: 1, 2, 3.'
 PHI = [dict(chunks='1-1-1'), dict(K=2, H=3), dict(chunks='1-1-1', phi='mod', K=1)]
 needs_lm_eval = pytest.mark.skipif(importlib.util.find_spec('lm_eval') is None,

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 import common
+import inputs
 import model
 import weights
 from tests import fuzz, kill
@@ -264,7 +265,7 @@ def test_processes_that_see_different_files_are_refused(what, whole, tmp_path, m
             key = dict(data='documents', step='step', weights='model')[what]
             found[key] = {k: w + 1 for k, w in found[key].items()} if what == 'weights' else found[key] + 1
         return found
-    module, name = (common, 'read_data') if what == 'data' else (weights, 'load_checkpoint')
+    module, name = (inputs, 'read_data') if what == 'data' else (weights, 'load_checkpoint')
     real = getattr(module, name)
     monkeypatch.setattr(module, name, other)
     shutil.copytree(whole, tmp_path / 'run')

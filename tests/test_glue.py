@@ -23,7 +23,9 @@ import torch
 import transformers
 
 import common
+import finetune
 import finetune_glue as glue
+import inputs
 from model import GPT, MoMConfig
 from weights import load_checkpoint, load_file
 
@@ -586,7 +588,7 @@ def archive(folder, task, splits):
 
 def encoded(task, folder, monkeypatch):
     monkeypatch.setattr(glue, 'data_dir', str(folder))
-    tokenizer = common.tokenizer('bytes')
+    tokenizer = inputs.tokenizer('bytes')
     return {split: glue.encode(task, split, source, rows, tokenizer, 96)
             for split, (source, rows) in glue.splits_of(task).items()}
 
@@ -823,10 +825,10 @@ def test_what_is_not_a_mistake(sources, tmp_path):
 
 def test_the_same_rows_in_every_format(tmp_path):
     rows = [dict(sentence='He said "no", twice.', label=1), dict(sentence='NA', label=0), dict(sentence='ø', label=1)]
-    for ending in common.TABLES:
+    for ending in finetune.TABLES:
         path = str(tmp_path / f'a{ending}')
         write(path, rows)
-        read = list(common.read_tables([path], numbers=['label']))
+        read = list(finetune.read_tables([path], numbers=['label']))
         assert read == [(f'{path}, row {n}', row) for n, row in enumerate(rows, 1)], ending
 
 

@@ -7,13 +7,13 @@ import pyarrow.parquet
 import pytest
 import torch
 
-import common
+import finetune
 
 
 def read(path, text, **how):
     path.write_bytes(text if isinstance(text, bytes) else text.encode())
     return [(where.removeprefix(f'{path}, '), row)
-            for where, row in common.read_tables([str(path)], **how)]
+            for where, row in finetune.read_tables([str(path)], **how)]
 
 
 def test_blank_lines_are_skipped_and_counted(tmp_path):
@@ -40,7 +40,7 @@ def test_values_stay_what_they_are(tmp_path):
     (_, row), = read(tmp_path / 'a.jsonl', line, numbers=['s'])
     assert row == wanted
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist([wanted]), tmp_path / 'a.parquet')
-    (_, row), = common.read_tables([str(tmp_path / 'a.parquet')], numbers=['s'])
+    (_, row), = finetune.read_tables([str(tmp_path / 'a.parquet')], numbers=['s'])
     assert row == wanted
     (_, row), = read(tmp_path / 'a.csv', 'id,s,x\n01,-1.50,1e3\n', numbers=['s', 'x', 'y'])
     assert row == {'id': '01', 's': -1.5, 'x': '1e3'}
@@ -90,7 +90,7 @@ def test_splits_and_shards(tmp_path):
 
     def found(split, **how):
         return [path.removeprefix(f'{tmp_path}/') for path in
-                common.find_split(str(tmp_path), split, **how)]
+                finetune.find_split(str(tmp_path), split, **how)]
 
     touch('trains.jsonl', 'train.txt', 'train.jsonl.bak', 'dev_matched.tsv', 'README.md')
     assert found('train', optional=True) == [] and found('validation_matched') == ['dev_matched.tsv']
@@ -110,64 +110,64 @@ def test_splits_and_shards(tmp_path):
     with pytest.raises(ValueError, match='train.csv are the same split: keep one of them'):
         found('train')
     with pytest.raises(ValueError, match='nowhere has no split train: it holds nothing'):
-        common.find_split(str(tmp_path / 'nowhere'), 'train')
+        finetune.find_split(str(tmp_path / 'nowhere'), 'train')
 
 
 def test_results_that_are_there(tmp_path):
     path = tmp_path / 'a.json'
-    assert common.read_result(str(path), dict(a=1)) == (None, None)
+    assert finetune.read_result(str(path), dict(a=1)) == (None, None)
     result = dict(settings=dict(a=1, b=2), score=3)
     path.write_text(json.dumps(result))
-    assert common.read_result(str(path), dict(a=1)) == (result, None)
-    assert common.read_result(str(path), dict(a=1, b=3)) == (result, 'b')
-    assert common.read_result(str(path), dict(c=1)) == (result, 'c')
+    assert finetune.read_result(str(path), dict(a=1)) == (result, None)
+    assert finetune.read_result(str(path), dict(a=1, b=3)) == (result, 'b')
+    assert finetune.read_result(str(path), dict(c=1)) == (result, 'c')
     for text in ('{"settings": ', '[]', '{}', '{"settings": 3}'):
         path.write_text(text)
         with pytest.raises(ValueError, match='a.json is not a result of this script .*: delete it'):
-            common.read_result(str(path), dict(a=1))
+            finetune.read_result(str(path), dict(a=1))
 
 
 def test_the_nearest_row_is_named():
     rows = ['GPT2 small', 'MoM_P small', 'MoM_P medium']
-    common.check_row('', rows, 'Table 5')
-    common.check_row('MoM_P small', rows, 'Table 5')
+    finetune.check_row('', rows, 'Table 5')
+    finetune.check_row('MoM_P small', rows, 'Table 5')
     for wrong, near in (('mom_p small', 'MoM_P small'), ('MoM_P_medium', 'MoM_P medium'),
                         ('gpt2', 'GPT2 small')):
         with pytest.raises(ValueError, match=f"no row of Table 5; did you mean '{near}'"):
-            common.check_row(wrong, rows, 'Table 5')
+            finetune.check_row(wrong, rows, 'Table 5')
 
 
 def test_a_warning_where_more_than_a_tenth_is_cut():
-    assert common.cut_note(10, 100) == 'truncated 10 of 100'
-    assert common.cut_note(0, 0) == 'truncated 0 of 0'
-    assert common.cut_note(1165, 1244).startswith('truncated 1,165 of 1,244 (warning: 94%')
+    assert finetune.cut_note(10, 100) == 'truncated 10 of 100'
+    assert finetune.cut_note(0, 0) == 'truncated 0 of 0'
+    assert finetune.cut_note(1165, 1244).startswith('truncated 1,165 of 1,244 (warning: 94%')
 
 
 def test_the_rate_rises_and_falls():
-    rates = [common.linear_rate(step, 10, 2.0, 0.2) for step in range(10)]
+    rates = [finetune.linear_rate(step, 10, 2.0, 0.2) for step in range(10)]
     assert rates == pytest.approx([1, 2, *(2 * n / 8 for n in range(8, 0, -1))])
-    assert common.linear_rate(0, 5, 1.0, 0.0) == 1.0
+    assert finetune.linear_rate(0, 5, 1.0, 0.0) == 1.0
 
 
 def test_padding():
-    assert common.pad([[1, 2], [], [3]], 9).tolist() == [[1, 2], [9, 9], [3, 9]]
-    assert common.pad([[1]], 9, width=3).tolist() == [[1, 9, 9]]
+    assert finetune.pad([[1, 2], [], [3]], 9).tolist() == [[1, 2], [9, 9], [3, 9]]
+    assert finetune.pad([[1]], 9, width=3).tolist() == [[1, 9, 9]]
 
 
 def test_settings_that_are_too_small():
     good = dict(seeds=1, micro_batch=1, seed=0, max_train=0, max_eval=0, epochs=0, batch_size=1,
                 learning_rate=0.0, weight_decay=0.0, grad_clip=0.0, warmup=0.1, beams=1, dtype='auto')
-    common.check_settings(good, beams=1)
+    finetune.check_settings(good, beams=1)
     for key, values in dict(learning_rate=(-1.0, math.nan), batch_size=(0,), beams=(0, -1)).items():
         for value in values:
             with pytest.raises(ValueError, match=f'{key}={value} must be at least '):
-                common.check_settings({**good, key: value}, beams=1)
+                finetune.check_settings({**good, key: value}, beams=1)
     for value in (-0.1, 1.0, math.nan):
         with pytest.raises(ValueError, match='is a share of the steps'):
-            common.check_settings({**good, 'warmup': value})
+            finetune.check_settings({**good, 'warmup': value})
     with pytest.raises(ValueError, match="dtype='float16' must be one of 'auto', 'bfloat16', 'fl"):
-        common.check_settings({**good, 'dtype': 'float16'})
-    common.check_settings({**good, 'batch_size': 0}, batch_size=0)
+        finetune.check_settings({**good, 'dtype': 'float16'})
+    finetune.check_settings({**good, 'batch_size': 0}, batch_size=0)
 
 
 def test_no_step_on_what_is_not_finite():
@@ -176,9 +176,9 @@ def test_no_step_on_what_is_not_finite():
     for loss, gradient in ((math.nan, 1.0), (1.0, math.inf)):
         p.grad = torch.full((2,), gradient)
         with pytest.raises(ValueError, match='here: loss .* Take a lower --learning_rate.*; then'):
-            common.update(optimizer, [p], loss, 0.1, 1.0, 'here', 'then')
+            finetune.update(optimizer, [p], loss, 0.1, 1.0, 'here', 'then')
     assert p.tolist() == [1, 1]
     p.grad = torch.full((2,), 3.0)
-    norm = common.update(optimizer, [p], 1.0, 0.5, 0, 'here', 'then')  # 0: no clipping
+    norm = finetune.update(optimizer, [p], 1.0, 0.5, 0, 'here', 'then')  # 0: no clipping
     assert norm == pytest.approx(math.sqrt(18)) and p.tolist() == [-0.5, -0.5]
     assert p.grad is None

