@@ -115,10 +115,8 @@ def linear(x, w, b):
     """x w + b, for x (M, in) and w (in, out)."""
     if isinstance(w, Grouped):
         return grouped_linear(x, w, b)
-    if len(x) > FEW and not isinstance(w, Packed):
-        return torch.addmm(b, x, w)
-    y = few_rows(x, w)
-    return y + b.to(y.dtype)
+    few = x.size(0) <= FEW or isinstance(w, Packed)
+    return few_rows(x, w, b) if few else torch.addmm(b, x, w)
 
 
 # What modules do to the tokens x (M, C). m: one module.
@@ -144,7 +142,7 @@ def attend(qkv, n_head, B, cache=None, step=0, count=None):
     """
     M, C = qkv.size(0), qkv.size(1) // 3
     qkv = qkv.view(B, M // B, 3, n_head, C // n_head)
-    q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, nh, T, hs)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()  # each (B, nh, T, hs)
     mask, causal = None, True
     if cache is not None:
         k, v, mask, causal = cache.extend(step, k, v, count)
@@ -847,24 +845,26 @@ def merged_qkv(m, x):  # x (M, C), normalised -> (M, 3C). m: a Merged, LayerNorm
 Packed = namedtuple('Packed', 'matrix')  # in place of w (in, out) in bf16: in oneDNN's own layout
 
 
-def few_rows(x, w):
-    """x @ w for x (M, in), w (in, out). Up to FEW rows in fp32 a CPU is done when it has read w, and
-    many products over parts of w can read at up to twice the speed of one."""
+def few_rows(x, w, b=None):
+    """x @ w + b for x (M, in), w (in, out). Up to FEW rows in fp32 a CPU is done when it has read
+    w, and many products over parts of w can read at up to twice the speed of one."""
     if isinstance(w, Packed):
-        return torch.ops.mkldnn._linear_pointwise(x, w.matrix, None, 'none', [], '')
+        return torch.ops.mkldnn._linear_pointwise(x, w.matrix, b, 'none', [], '')
     (M, C), D = x.shape, w.size(1)
-    alone = M == 1 and torch.get_num_threads() == 1  # then one product reads as fast
-    if x.device.type == 'cpu' and 0 < M <= FEW and x.dtype == w.dtype == torch.float32 and not alone:
+    y, few = None, x.device.type == 'cpu' and 0 < M <= FEW and x.dtype == w.dtype == torch.float32
+    if few and not torch.compiler.is_compiling() and (M > 1 or torch.get_num_threads() > 1):
         parts = 32 if D > C and M > 3 else 8
         if w.is_contiguous() and C % parts == 0:      # parts of the inner dimension, which add up
-            x, w = x.view(M, parts, C // parts).transpose(0, 1), w.view(parts, C // parts, D)
-            return torch.bmm(x, w).sum(0)
-        if D >= 96 and w.t().is_contiguous():         # stored (out, in), as torch's own layers: of the outer
+            some = x.view(M, parts, C // parts).transpose(0, 1)
+            y = torch.bmm(some, w.view(parts, C // parts, D)).sum(0)
+        elif D >= 96 and w.t().is_contiguous():       # stored (out, in), as torch's own layers: of the outer
             parts, rest = divmod(D, 96)
             some = w.t()[:D - rest].view(parts, 96, C).transpose(1, 2)
             y = torch.bmm(x.expand(parts, M, C), some).transpose(0, 1).reshape(M, D - rest)
-            return torch.cat((y, x @ w[:, D - rest:]), 1) if rest else y
-    return x @ w
+            y = torch.cat((y, x @ w[:, D - rest:]), 1) if rest else y
+    if b is None:
+        return x @ w if y is None else y
+    return torch.addmm(b, x, w) if y is None else y + b
 
 
 def gru(cell, x, s):
@@ -872,14 +872,16 @@ def gru(cell, x, s):
     (M, R).
 
     It is written out where torch's own is in the way: its kernel on a GPU breaks torch.compile's
-    graph (github.com/pytorch/pytorch/issues/191153), and few_rows is faster in decoding.
+    graph (github.com/pytorch/pytorch/issues/191153), and in decoding it would read weight_hh for a
+    state of 0.
     """
-    if not torch.compiler.is_compiling() and (len(x) > FEW or torch.is_grad_enabled()):
+    first = s is None and len(x) <= FEW and not torch.is_grad_enabled()
+    if not first and not torch.compiler.is_compiling():
         return cell(x, s)
     if s is None and torch.is_grad_enabled():
-        s = x.new_zeros(1, cell.hidden_size)  # one row will do: weight_hh has a gradient, of zeros
-    i = few_rows(x, cell.weight_ih.t()) + cell.bias_ih
-    h = cell.bias_hh if s is None else few_rows(s, cell.weight_hh.t()) + cell.bias_hh
+        s = x.new_zeros(1, cell.hidden_size)  # as one row, so that weight_hh has a gradient, of zeros
+    i = few_rows(x, cell.weight_ih.t(), cell.bias_ih)
+    h = cell.bias_hh if s is None else few_rows(s, cell.weight_hh.t(), cell.bias_hh)
     i_reset, i_update, i_new = i.chunk(3, dim=-1)
     h_reset, h_update, h_new = h.chunk(3, dim=-1)
     new = torch.tanh(i_new + torch.sigmoid(i_reset + h_reset) * h_new)
