@@ -9,11 +9,11 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
+from test_model import hugging_face, stir, tiny
 
 import common
 import weights
 from model import GPT, MoMConfig
-from test_model import hugging_face, stir, tiny
 
 TEXTS = ['Hello world', ' two  spaces\n\n\ttabs ', 'naïve café, 日本語, 🙂', "it's 1,234.5 <|x|>", 'a' * 50]
 
