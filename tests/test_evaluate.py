@@ -27,22 +27,35 @@ def bytes_model(std=0.3, **case):
     return stir(GPT(tiny(vocab_size=257, **case)), std=std).eval()
 
 
-def run(tmp_path, *args):  # the script, on a model of bytes -> what it wrote, and what it printed
+def save(folder):  # a run that train.py could have left
     model = bytes_model(K=2, H=3, block_size=64)
     torch.save({'model': model.state_dict(), 'model_config': vars(model.cfg),
-                'meta': {'tokenizer': 'bytes'}}, tmp_path / 'last.pt')
+                'meta': {'tokenizer': 'bytes'}}, folder / 'last.pt')
+    return model
+
+
+def run(folder, *args):  # the script -> what it wrote, and what it printed
     done = subprocess.run(
-        [sys.executable, 'evaluate.py', f'--source={tmp_path}', f'--out_dir={tmp_path}/results', *args],
-        cwd=common.ROOT, capture_output=True, text=True,
-        env={**os.environ, 'HF_HOME': str(tmp_path / 'hub'), 'HF_HUB_OFFLINE': '1'})
-    written = [json.loads(path.read_text()) for path in tmp_path.glob('results/*/*.json')]
-    return model, written, done
+        [sys.executable, 'evaluate.py', f'--source={folder}', f'--out_dir={folder}/results', *args],
+        cwd=common.ROOT, capture_output=True, text=True, check=True,
+        env={**os.environ, 'HF_HOME': str(folder / 'hub'), 'HF_HUB_OFFLINE': '1'})
+    written, = folder.glob('results/*/*.json')
+    return json.loads(written.read_text()), done.stdout
+
+
+def refused(monkeypatch, folder, message, **wrong):
+    here = dict(source=str(folder), out_dir=str(folder / 'results'))
+    with monkeypatch.context() as patch:
+        for name, value in {**here, **wrong}.items():
+            patch.setattr(evaluate, name, value)
+        with pytest.raises(ValueError, match=message):
+            evaluate.main()
+    assert not [*folder.glob('results/*/*')]
 
 
 # ----------------------------------------------------------------------------- perplexity
 
-@pytest.mark.parametrize('length', [1, 15, 16, 17, 70])
-@pytest.mark.parametrize('stride', [1, 5, 8, 16])
+@pytest.mark.parametrize('length, stride', [(1, 8), (16, 1), (17, 5), (17, 16), (70, 1), (70, 5), (70, 16)])
 def test_perplexity_is_that_of_one_token_at_a_time(length, stride, tmp_path):
     hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         n_embd=32, n_layer=2, n_head=4, n_positions=16, vocab_size=257, bos_token_id=0, eos_token_id=0))
@@ -84,24 +97,30 @@ def test_padding_and_order_change_nothing(case):
 
 def test_the_script_prints_and_writes_the_same(tmp_path):
     (tmp_path / 'a.txt').write_text(TEXT, encoding='utf-8')
-    model, written, done = run(tmp_path, f'--text={tmp_path}/a.txt', '--stride=7', '--batch_size=2')
+    model = save(tmp_path)
+    written, printed = run(tmp_path, f'--text={tmp_path}/a.txt', '--stride=7', '--batch_size=2')
     want = evaluate.perplexity(model, BYTES, TEXT, 7, 1)
-    assert len(written) == 1 and written[0]['nats'] == pytest.approx(want['nats'], rel=1e-5)
-    assert f'{want["bits_per_byte"]:.4f} bits per byte' in done.stdout
-    assert written[0]['stride'] == 7 and written[0]['config']['model_sha'] == model.fingerprint()
+    assert written['nats'] == pytest.approx(want['nats'], rel=1e-5)
+    assert f'{want["bits_per_byte"]:.4f} bits per byte' in printed
+    assert written['stride'] == 7 and written['config']['model_sha'] == model.fingerprint()
 
 
-def test_mistakes_name_the_fix(tmp_path):
+def test_mistakes_name_the_fix(tmp_path, monkeypatch):
+    save(tmp_path)
     (tmp_path / 'a.txt').write_text(TEXT, encoding='utf-8')
     (tmp_path / 'empty.txt').write_text('')
-    for args, message in [([], 'say what to evaluate'), (['--text=nowhere.txt'], 'cannot be read'),
-                          ([f'--text={tmp_path}/empty.txt'], 'is empty'),
-                          ([f'--text={tmp_path}/a.txt', '--stride=65'], 'stride=65 must be 1 to block_size=64'),
-                          ([f'--text={tmp_path}/a.txt', '--batch_size=0'], 'batch_size=0'),
-                          ([f'--text={tmp_path}/a.txt', '--dtype=float16'], "dtype='float16'")]:
-        _, written, done = run(tmp_path, *args)
-        assert done.returncode and not written
-        assert message in done.stderr and len(done.stderr.splitlines()) == 1
+    text = str(tmp_path / 'a.txt')
+    for message, wrong in [
+            ('say what to evaluate', {}), ('cannot be read', dict(text='nowhere.txt')),
+            ('is empty', dict(text=str(tmp_path / 'empty.txt'))),
+            ('stride=65 must be 1 to block_size=64', dict(text=text, stride=65)),
+            ('batch_size=0', dict(text=text, batch_size=0)), ('limit=-1', dict(text=text, limit=-1)),
+            ("dtype='float16'", dict(text=text, dtype='float16'))]:
+        refused(monkeypatch, tmp_path, message, **wrong)
+    model = stir(GPT(tiny()))
+    torch.save({'model': model.state_dict(), 'model_config': vars(model.cfg),
+                'meta': {'tokenizer': 'bytes'}}, tmp_path / 'last.pt')
+    refused(monkeypatch, tmp_path, 'knows 50 kinds of token', text=text)
 
 
 def test_tasks_without_lm_eval_name_the_fix(monkeypatch):
@@ -149,6 +168,7 @@ TASKS = {
 
 @needs_lm_eval
 def test_tasks_of_local_files(tmp_path):
+    model = save(tmp_path)
     lines = [json.dumps(document) + '\n' for document in DOCUMENTS]
     (tmp_path / 'documents.jsonl').write_text(''.join(lines))
     (tmp_path / 'tasks').mkdir()
@@ -156,9 +176,8 @@ def test_tasks_of_local_files(tmp_path):
         (tmp_path / 'tasks' / f'{name}.yaml').write_text(
             f'task: {name}\ndataset_path: json\ntest_split: test\n{task}'
             f'dataset_kwargs: {{data_files: {{test: {tmp_path}/documents.jsonl}}}}\n')
-    model, written, done = run(tmp_path, f'--tasks={",".join(TASKS)}', f'--tasks_dir={tmp_path}/tasks')
-    assert len(written) == 1, done.stderr
-    results = written[0]['results']
+    written, printed = run(tmp_path, f'--tasks={",".join(TASKS)}', f'--tasks_dir={tmp_path}/tasks')
+    results = written['results']
 
     def log_p(question, answer):  # from plain logits, of the last 64 bytes
         ids = torch.tensor(list((question + answer).encode()))[-65:]
@@ -175,10 +194,13 @@ def test_tasks_of_local_files(tmp_path):
     count = sum(len(d['question']) for d in DOCUMENTS)
     assert results['read']['bits_per_byte,none'] == pytest.approx(nats / count / math.log(2), rel=1e-4)
     assert results['write']['exact_match,none'] == 0
-    assert written[0]['config']['model_sha'] == model.fingerprint()
-    assert '|choose|' in done.stdout and 'texts are longer than block_size=64' in done.stdout
+    assert written['config']['model_sha'] == model.fingerprint()
+    assert '|choose' in printed and 'texts are longer than block_size=64' in printed
 
-    for args, message in [(['--tasks=chose'], 'near it are choose'),
-                          (['--tasks=write', '--limit=-1'], 'limit=-1')]:
-        _, _, done = run(tmp_path, f'--tasks_dir={tmp_path}/tasks', *args)
-        assert message in done.stderr and len(done.stderr.splitlines()) == 1
+
+@needs_lm_eval
+def test_an_unknown_task_names_the_fix(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    with pytest.raises(ValueError, match="no task 'helaswag'; near it are .*hellaswag"):
+        evaluate.find_tasks('helaswag')
+    assert evaluate.find_tasks('lambada_openai, hellaswag')[1] == ['hellaswag', 'lambada_openai']
