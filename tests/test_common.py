@@ -154,10 +154,12 @@ settings, given = common.load(globals())
 """
 
 
-def script(tmp_path, rest, *args, **more):
+def script(tmp_path, rest, *args, hang_up=signal.SIG_DFL, **more):
+    """A script as a process; hang_up: what it inherits for SIGHUP, whatever the tests run under."""
     (tmp_path / 'script.py').write_text(SCRIPT.format(root=common.ROOT) + rest)
     return subprocess.Popen([sys.executable, 'script.py', *args], cwd=tmp_path, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, **more)
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            preexec_fn=lambda: signal.signal(signal.SIGHUP, hang_up), **more)
 
 
 def test_home_and_a_terminal_that_is_not_utf8(tmp_path):
@@ -180,8 +182,8 @@ def test_a_signal_ends_a_script_with_a_sentence(by, tmp_path):
 
 
 def test_nohup_is_respected(tmp_path):
-    ignore = lambda: signal.signal(signal.SIGHUP, signal.SIG_IGN)  # noqa: E731
-    process = script(tmp_path, 'print(1, flush=True)\ninput()', stdin=subprocess.PIPE, preexec_fn=ignore)
+    process = script(tmp_path, 'print(1, flush=True)\ninput()', stdin=subprocess.PIPE,
+                     hang_up=signal.SIG_IGN)
     assert process.stdout.readline() == '1\n'
     process.send_signal(signal.SIGHUP)
     assert process.communicate('go on\n') == ('', '') and process.returncode == 0
