@@ -857,7 +857,7 @@ def few_rows(x, w, b=None):
         if w.is_contiguous() and C % parts == 0:      # parts of the inner dimension, which add up
             some = x.view(M, parts, C // parts).transpose(0, 1)
             y = torch.bmm(some, w.view(parts, C // parts, D)).sum(0)
-        elif D >= 96 and w.t().is_contiguous():       # stored (out, in), as torch's own layers: of the outer
+        elif D >= 96 and w.t().is_contiguous():       # stored (out, in): parts of the outer one
             parts, rest = divmod(D, 96)
             some = w.t()[:D - rest].view(parts, 96, C).transpose(1, 2)
             y = torch.bmm(x.expand(parts, M, C), some).transpose(0, 1).reshape(M, D - rest)
@@ -868,8 +868,7 @@ def few_rows(x, w, b=None):
 
 
 def gru(cell, x, s):
-    """torch.nn.GRUCell for inputs x (M, C) and states s (M, R), or None for 0 -> the next states
-    (M, R).
+    """torch.nn.GRUCell for inputs x (M, C), states s (M, R) or None for 0 -> next states (M, R).
 
     It is written out where torch's own is in the way: its kernel on a GPU breaks torch.compile's
     graph (github.com/pytorch/pytorch/issues/191153), and in decoding it would read weight_hh for a
@@ -879,7 +878,7 @@ def gru(cell, x, s):
     if not first and not torch.compiler.is_compiling():
         return cell(x, s)
     if s is None and torch.is_grad_enabled():
-        s = x.new_zeros(1, cell.hidden_size)  # as one row, so that weight_hh has a gradient, of zeros
+        s = x.new_zeros(1, cell.hidden_size)  # one row: so weight_hh has a gradient, of zeros
     i = few_rows(x, cell.weight_ih.t(), cell.bias_ih)
     h = cell.bias_hh if s is None else few_rows(s, cell.weight_hh.t(), cell.bias_hh)
     i_reset, i_update, i_new = i.chunk(3, dim=-1)

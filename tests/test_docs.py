@@ -17,9 +17,6 @@ import common
 from model import MoMConfig
 
 ROOT = common.ROOT
-# What the pages name already and the code will have soon. Take a name out when it is there.
-COMING = {'evaluate.py',
-          '--tasks'}
 
 
 def read(path):
@@ -132,7 +129,7 @@ def test_links_lead_somewhere(page):
             continue
         path, _, anchor = link.partition('#')
         target = os.path.normpath(os.path.join(os.path.dirname(page), path)) if path else page
-        assert there(target) or target in COMING, link
+        assert there(target), link
         if anchor:
             headings = re.findall(r'^#+ (.*)$', read(target), re.M)
             plain = [re.sub(r'[^\w\- ]', '', heading.lower()) for heading in headings]
@@ -148,7 +145,7 @@ def test_files_and_make_targets_exist(page):
         named.update(re.findall(r'\bmake [a-z]+', code))
         named.update(re.findall(r'(?<!\S)(?:docs|tests|config)/[\w./-]*\w', code))
     missing = {name for name in named if not there(name)}
-    assert missing <= COMING, f'{page} names {missing - COMING}'
+    assert not missing, f'{page} names {missing}'
 
 
 @pytest.mark.parametrize('page', PAGES)
@@ -176,7 +173,7 @@ def test_commands_are_understood(page, monkeypatch):
             continue
         keys = [word.partition('=')[0] for word in after if word.startswith('--')]
         for key in keys:
-            assert there(key) or key in COMING or key == '--help', f'{page}: {" ".join(words)}'
+            assert there(key) or key == '--help', f'{page}: {" ".join(words)}'
         if script:
             known = [word for word in after if there(word.partition('=')[0])]
             if script == 'bench.py':  # its mode comes first; of a config it takes the model alone
@@ -204,8 +201,3 @@ def test_citation_file_names_the_paper_of_readme():
     bibtex = re.sub(r'\s+', ' ', fences('README.md', 'bibtex')[0])
     assert ' and '.join(names) in bibtex
     assert paper['title'] in bibtex and paper['journal'] in bibtex and str(paper['year']) in bibtex
-
-
-@pytest.mark.parametrize('name', sorted(COMING))
-def test_what_is_to_come_is_not_there_yet(name):
-    assert not there(name), f'{name} is there now: take it out of COMING'

