@@ -232,8 +232,8 @@ def results_folder(path):
         with open(probe, 'wb') as f:
             f.write(b'.')
         os.unlink(probe)
-    except (FileExistsError, NotADirectoryError):  # the sentence of all scripts says it
-        raise
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ValueError(f'{error.filename} is a file, where a folder has to be: name another') from error
     except OSError as error:
         raise ValueError(f'{path} cannot take results ({error.strerror}): name another folder with '
                          '--out_dir=FOLDER') from error

@@ -44,10 +44,10 @@ settings, given = common.load(globals()) if __name__ == '__main__' else ({}, set
 
 
 def windows(ids, block, stride):
-    """Cut a text for a window that moves by `stride` -> [(piece, n)]: of each its last n tokens count.
+    """Cut a text for a window that moves by `stride` -> [(piece, n)]: its last n tokens count.
 
     ids: one token that stands before the text, and the text. Each of its tokens counts once. A
-    piece has block + 1 tokens, or all of a short text: the model sees `block`, and predicts the next.
+    piece has block + 1 tokens, or all of a short text, for of `block` tokens each predicts the next.
     """
     ends = [*range(min(block, len(ids) - 1), len(ids) - 1, stride), len(ids) - 1]
     return [(ids[max(0, end - block):end + 1], end - before)
@@ -58,9 +58,9 @@ def windows(ids, block, stride):
 def score(model, pieces, vocab, batch_size):
     """How likely the ends of pieces are after their beginnings -> [(log-probability, greedy)].
 
-    pieces: [(ids, n)], of at most block_size + 1 ids the last n < len(ids) are predicted; vocab: how
-    many ids the tokenizer has. The log-probability is in nats, the sum of n; greedy: each of the n
-    is the likeliest. A batch is padded on the right, where causal attention never looks.
+    pieces: [(ids, n)], of at most block_size + 1 ids the last n < len(ids) are predicted; vocab:
+    how many ids the tokenizer has. The log-probability is in nats, the sum of n; greedy: each of
+    the n is the likeliest. A batch is padded on the right, where causal attention never looks.
     """
     where, head = model.wte.weight.device, model.wte.weight[:vocab]
     scores = [None] * len(pieces)
@@ -155,8 +155,8 @@ def continue_texts(model, tokenizer, prompts, wanted):
     """
     block, new = model.cfg.block_size, wanted.get('max_gen_toks', 256)
     if new >= block:
-        raise ValueError(f'a task wants {new} new tokens, and block_size={block} leaves no room for a '
-                         'prompt: set max_gen_toks in a task file of your own (--tasks_dir)')
+        raise ValueError(f'a task wants {new} new tokens, and block_size={block} leaves no room for '
+                         'a prompt: set max_gen_toks in a task file of your own (--tasks_dir)')
     ids = [tokenizer.encode_ordinary(prompt)[new - block:] for prompt in prompts]
     ids = [one or [tokenizer.eot_token] for one in ids]
     lengths = [len(one) for one in ids]
@@ -209,15 +209,15 @@ def run_tasks(model, tokenizer, manager, names, info):
         return lm_eval.simple_evaluate(lm, tasks=names, task_manager=manager, limit=limit or None,
                                        batch_size=batch_size, device=device, log_samples=False)
     except (ConnectionError, FileNotFoundError, DatasetNotFoundError) as error:
-        raise ValueError(f'the data of {", ".join(names)} could not be loaded ({error}): give tasks '
-                         'of local files, with --tasks_dir=FOLDER') from error
+        raise ValueError(f'the data of {", ".join(names)} could not be loaded ({error}): give '
+                         'tasks of local files, with --tasks_dir=FOLDER') from error
 
 
 def main():
     if not text and not tasks:
         raise ValueError('say what to evaluate: --text=FILE, or --tasks=NAME,NAME')
     if batch_size < 1 or limit < 0:
-        raise ValueError(f'batch_size={batch_size} must be at least 1, and limit={limit} at least 0')
+        raise ValueError(f'batch_size={batch_size} must be at least 1 and limit={limit} at least 0')
     if dtype not in ('float32', 'bfloat16'):
         raise ValueError(f"dtype={dtype!r} must be 'float32' or 'bfloat16'")
     where = common.find_device(device)
@@ -239,10 +239,10 @@ def main():
         if common.EOT in words:
             print(f'{common.EOT} in {text} is read as text, not as the end of a document')
         found = perplexity(model, tokenizer, words, step, batch_size)
-        print(f'{text}: {found["tokens"]:,} tokens, {found["words"]:,} words, {found["bytes"]:,} bytes, '
-              f'a window of {block} tokens that moves by {step}')
-        print(f'perplexity {found["token_perplexity"]:.4f} per token, {found["word_perplexity"]:.4f} '
-              f'per word; {found["bits_per_byte"]:.4f} bits per byte')
+        counts = ', '.join(f'{found[kind]:,} {kind}' for kind in ('tokens', 'words', 'bytes'))
+        print(f'{text}: {counts}, a window of {block} tokens that moves by {step}')
+        print(f'perplexity {found["token_perplexity"]:.4f} per token, '
+              f'{found["word_perplexity"]:.4f} per word; {found["bits_per_byte"]:.4f} bits per byte')
         save({'text': text, 'stride': step, 'block_size': block, **found, 'config': info},
              folder, 'perplexity')
     if tasks:

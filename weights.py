@@ -219,8 +219,8 @@ def read_gpt2(folder, hf):
         raise ValueError(f'the weights in {folder} lack {error}: they are not those of its '
                          'config.json') from error
     except (TypeError, AttributeError) as error:
-        raise ValueError(f'the weights in {folder} cannot be used ({error}): take those of one model, '
-                         'in fp32, bf16 or fp16') from error
+        raise ValueError(f'the weights in {folder} cannot be used ({error}): take those of one '
+                         'model, in fp32, bf16 or fp16') from error
     if any(name.startswith(f'h.{hf["n_layer"]}.') for name in weights):
         raise ValueError(f'{folder} has weights of more than the {hf["n_layer"]} layers that its '
                          'config.json says: copy both again')
@@ -283,7 +283,7 @@ def regroup(state, model, vanilla, source):
     """The weights `state` as a state dict for `model`.
 
     If they are a vanilla model's, consecutive layers are stacked into the pools of a chunk (its
-    Plan says which), and what no layer has, routers, stays as `model` has it, fresh. source: for errors.
+    Plan says which), and what no layer has, routers, stays as `model` has it, fresh.
     """
     cfg, arranged = model.cfg, {}
     starts = [0, *itertools.accumulate(cfg.sizes)]  # the first layer of each chunk
@@ -388,7 +388,7 @@ def tokenizer_json(tokenizer):
 
 
 def halves(piece, ids):
-    """The two pieces that a merge makes `piece` of: what the merges before it leave of its bytes."""
+    """The two pieces that a merge makes `piece` of: what earlier merges leave of its bytes."""
     parts = [piece[i:i + 1] for i in range(len(piece))]
     while len(parts) > 2:
         merged = [ids.get(a + b, len(ids)) for a, b in itertools.pairwise(parts)]
@@ -413,7 +413,7 @@ def main():
     model, tokenizer = from_pretrained(source), inputs.tokenizer_of(source)
     if tokenizer.n_vocab > model.cfg.vocab_size:
         raise ValueError(f'{source} knows {model.cfg.vocab_size} kinds of token, and its tokenizer '
-                         f'{tokenizer.name!r} makes {tokenizer.n_vocab}: it is not the one of its training')
+                         f'{tokenizer.name!r} makes {tokenizer.n_vocab}: it is another')
     write_folder(model, tokenizer, folder)
     reader = 'AutoModelForCausalLM' if model.cfg.vanilla else 'GPT'
     print(f'{folder}: {reader}.from_pretrained({folder!r}) reads it')

@@ -1,4 +1,4 @@
-"""evaluate.py against one token at a time through transformers, and its tasks against plain logits."""
+"""evaluate.py against transformers, one token at a time, and its tasks against plain logits."""
 import importlib.util
 import json
 import math
@@ -55,10 +55,12 @@ def refused(monkeypatch, folder, message, **wrong):
 
 # ----------------------------------------------------------------------------- perplexity
 
-@pytest.mark.parametrize('length, stride', [(1, 8), (16, 1), (17, 5), (17, 16), (70, 1), (70, 5), (70, 16)])
+@pytest.mark.parametrize('length, stride', [
+    (1, 8), (16, 1), (17, 5), (17, 16), (70, 1), (70, 5), (70, 16)])
 def test_perplexity_is_that_of_one_token_at_a_time(length, stride, tmp_path):
     hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        n_embd=32, n_layer=2, n_head=4, n_positions=16, vocab_size=257, bos_token_id=0, eos_token_id=0))
+        n_embd=32, n_layer=2, n_head=4, n_positions=16, vocab_size=257, bos_token_id=0,
+        eos_token_id=0))
     stir(hf.eval(), std=0.3).save_pretrained(tmp_path)
     text = TEXT.encode()[:length].decode(errors='ignore')
     ids = [256, *text.encode()]
@@ -114,7 +116,8 @@ def test_mistakes_name_the_fix(tmp_path, monkeypatch):
             ('say what to evaluate', {}), ('cannot be read', dict(text='nowhere.txt')),
             ('is empty', dict(text=str(tmp_path / 'empty.txt'))),
             ('stride=65 must be 1 to block_size=64', dict(text=text, stride=65)),
-            ('batch_size=0', dict(text=text, batch_size=0)), ('limit=-1', dict(text=text, limit=-1)),
+            ('batch_size=0', dict(text=text, batch_size=0)),
+            ('limit=-1', dict(text=text, limit=-1)),
             ("dtype='float16'", dict(text=text, dtype='float16'))]:
         refused(monkeypatch, tmp_path, message, **wrong)
     model = stir(GPT(tiny()))
@@ -192,7 +195,8 @@ def test_tasks_of_local_files(tmp_path):
     assert results['choose']['acc,none'] == pytest.approx(right / 3)
     nats = sum(evaluate.perplexity(model, BYTES, d['question'], 64, 1)['nats'] for d in DOCUMENTS)
     count = sum(len(d['question']) for d in DOCUMENTS)
-    assert results['read']['bits_per_byte,none'] == pytest.approx(nats / count / math.log(2), rel=1e-4)
+    bits = nats / count / math.log(2)
+    assert results['read']['bits_per_byte,none'] == pytest.approx(bits, rel=1e-4)
     assert results['write']['exact_match,none'] == 0
     assert written['config']['model_sha'] == model.fingerprint()
     assert '|choose' in printed and 'texts are longer than block_size=64' in printed
