@@ -1,6 +1,6 @@
 """train.py and sample.py as a user runs them: commands on a small folder of real text."""
 import csv
-import importlib
+import importlib.util
 import json
 import os
 import shutil
@@ -379,8 +379,10 @@ def test_bad_data(what, message, text, phase_one, tmp_path):
     assert not (tmp_path / 'run').exists()
 
 
-def test_bad_settings(text, phase_one, tmp_path):
+def test_bad_settings(text, phase_one, tmp_path, monkeypatch):
     data = f'--data_dir={text}'
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *more: name != 'trackio' and real(name, *more))
     for args, message in [
             ([data, f'--out_dir={phase_one}'], '--init_from=resume'),
             ([data, f'--out_dir={tmp_path / "none"}', '--init_from=resume'], 'no checkpoint at'),
