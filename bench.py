@@ -146,23 +146,6 @@ def used_memory():
     return torch.cuda.memory_allocated(device) if on_cuda else 0
 
 
-def peak_memory(device):
-    """The most that it had handed out, on a CPU what this process held; None if not known."""
-    if on_cuda:
-        return torch.cuda.max_memory_allocated(device)
-    if on_gpu or os.name == 'nt':
-        return None
-    import resource  # not on Windows
-    unit = 1 if sys.platform == 'darwin' else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
-def peak_flops(device):
-    """Dense bf16 FLOP/s of a GPU by its data sheet, or None if it is not listed."""
-    known = {'A100': 312e12, 'H100': 989e12, 'H200': 989e12} if on_cuda else {}
-    return next((flops for gpu, flops in known.items() if gpu in machine['device']), None)
-
-
 def find_machine():
     name = platform.processor() or platform.machine()
     if on_cuda:
@@ -453,7 +436,7 @@ def whole_passes(training):
         computed[name] = bare.flops_per_token(cfg.block_size, *taken, merged=True) / 1e6
         rows[name] = start_row(name, bare, taken, peak, first)
     seconds = alternate(calls)
-    most = peak_flops(device) if dtype == 'bfloat16' else None
+    most = common.peak_flops(device) if dtype == 'bfloat16' else None
     steps = {name: statistics.median(s) for name, s in seconds.items()}
     for name, step in steps.items():
         per_second = (3 if training else 1) * x.numel() / step
@@ -727,7 +710,7 @@ def first_calls(calls, before, name):
         torch.cuda.reset_peak_memory_stats(device)
     for call in calls:
         timed(call)
-    peak = peak_memory(device) if on_cuda or name == 'model' else None
+    peak = common.peak_memory(device) if on_cuda or name == 'model' else None
     return first, peak and peak - before
 
 
@@ -1049,8 +1032,10 @@ for_person = sys.stdout.isatty()
 if for_person or profile:
     out_dir = common.results_folder(out_dir)
 if dtype == 'auto':  # Table 1 is counted in fp32
-    faster = mode == 'saved' or on_gpu and mode not in ('runs', 'table1')
-    dtype = 'bfloat16' if faster else 'float32'
+    faster = on_gpu and mode not in ('runs', 'table1')
+    dtype = common.find_dtype('auto', device) if faster else 'float32'
+    if mode == 'saved':
+        dtype = 'bfloat16'
 real = getattr(torch, dtype)
 autocast = torch.autocast(device.split(':')[0], torch.bfloat16,
                           enabled=dtype != 'float32' and mode != 'decode')

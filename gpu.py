@@ -241,7 +241,7 @@ def main():
         raise ValueError(f'budget={budget} must be a number of minutes above 0')
     common.results_folder(out_dir)
     common.lock_folder(out_dir)
-    common.if_stopped = f'Stopped. What was found so far is in {out_dir}/report.md.'
+    common.if_stopped = f'What was found so far is in {out_dir}/report.md.'
     began, machine, records = time.monotonic(), find_machine(), []
     machine['started'] = time.strftime('%Y-%m-%d %H:%M')
     write_report(machine, records)

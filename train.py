@@ -244,7 +244,10 @@ def train_batches(step):
 # ----------------------------------------------------------------------------- learning rate
 
 def lr_at(step, s=settings):
-    """Linear warm-up over the first share `warmup` of the steps, then a cosine down to min_lr."""
+    """Linear warm-up over the first share `warmup` of the steps, then a cosine down to min_lr.
+
+    The peak is used twice, in the last step of the rise and in the first of the fall.
+    """
     peak, low, steps = s['learning_rate'], s['min_lr'], s['max_steps']
     rise = int(s['warmup'] * steps + 0.5)  # half a step is one
     if step < rise:
