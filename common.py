@@ -191,7 +191,8 @@ def _sentence_instead_of_traceback(kind, error, trace):
 def atomic_write(path):
     """`with atomic_write(path) as f:` writes bytes to a temporary name, flushes and renames it.
 
-    A reader, or a crash, sees the old file or the new one, never a part. An error leaves the old one.
+    A reader, or a crash, sees the old file or the new one, never a part. An error leaves the old
+    one.
     """
     part = f'{path}.part'
     os.makedirs(os.path.dirname(os.path.abspath(path)), exist_ok=True)
@@ -207,7 +208,8 @@ def atomic_write(path):
 
 
 def seal(facts):
-    """The SHA-256 of a dict of plain values, in hexadecimal: meta.json has that of all else in it."""
+    """The SHA-256 of a dict of plain values, in hexadecimal: meta.json has that of all else in
+    it."""
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
@@ -241,7 +243,8 @@ def results_folder(path):
 
 
 def link(path, other):
-    """Make `other` the file that `path` is, at once: by a hard link, or a copy if there are none."""
+    """Make `other` the file that `path` is, at once: by a hard link, or a copy if there are
+    none."""
     part = f'{other}.part'
     if os.path.exists(part):  # a kill in this place left it
         os.unlink(part)
@@ -285,7 +288,8 @@ def locked_files():
 
 
 def command(*words):
-    """Words as a command line that a shell takes as it is, with our scripts named from any folder."""
+    """Words as a command line that a shell takes as it is, with our scripts named from any
+    folder."""
     words = [str(word) for word in words]
     for i, word in enumerate(words):
         script = os.path.join(ROOT, word)
@@ -352,8 +356,8 @@ def _convert(path, encoding):
 
 
 def run_name(source):
-    """What to call a run by: mom_demo for out/mom_demo, and for a checkpoint in it, out/mom_demo/last.pt; of the folder
-    of a seed, out/xsum_gpt2/seed1, xsum_gpt2_seed1."""
+    """What to call a run by: mom_demo for out/mom_demo, and for a checkpoint in it,
+    out/mom_demo/last.pt; of the folder of a seed, out/xsum_gpt2/seed1, xsum_gpt2_seed1."""
     above, name = os.path.split(os.path.abspath(os.path.dirname(source) if source.endswith('.pt') else source))
     return f'{os.path.basename(above)}_{name}' if re.fullmatch(r'seed\d+', name) else name
 
@@ -526,8 +530,8 @@ def agree(**facts):
 def leave_processes():
     """The last call of a script that joined others: wait for them, then end, with status 0.
 
-    It ends without Python's own clearing up: gloo's threads live on in it, and one that lets go of a
-    tensor while the interpreter is taken down aborts the process, though its work is done
+    It ends without Python's own clearing up: gloo's threads live on in it, and one that lets go of
+    a tensor while the interpreter is taken down aborts the process, though its work is done
     (github.com/pytorch/pytorch/issues/190489).
     """
     import torch.distributed as dist

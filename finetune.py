@@ -1,4 +1,5 @@
-"""What finetune_glue.py and finetune_xsum.py share: tables of labelled examples, checks, the schedule."""
+"""What finetune_glue.py and finetune_xsum.py share: tables of labelled examples, checks, the
+schedule."""
 import csv
 import difflib
 import json
@@ -47,10 +48,10 @@ def read_tables(paths, columns=None, numbers=(), broken=None):
     """The rows of tables -> ('a.csv, row 3', {column: value}), ... in the order of `paths`.
 
     A .csv has quotes, a .tsv has none: there a line is a row. What they hold is text; in the
-    columns `numbers` alone, what looks like a number is a float. Blank lines are skipped, but counted.
-    columns: the names, for .tsv files that have no line of them. broken: a list that gets the path
-    for each row with more or fewer values than columns, which is then left out.
-    Raises ValueError, naming file, row and fix, for a row that cannot be read.
+    columns `numbers` alone, what looks like a number is a float. Blank lines are skipped, but
+    counted. columns: the names, for .tsv files that have no line of them. broken: a list that gets
+    the path for each row with more or fewer values than columns, which is then left out. Raises
+    ValueError, naming file, row and fix, for a row that cannot be read.
     """
     for path in paths:
         n = 0
@@ -144,7 +145,8 @@ def check_settings(settings, **least):
 
 
 def check_row(name, rows, table):
-    """ValueError, with the nearest, where `name` is neither '' nor a row of a table of the paper."""
+    """ValueError, with the nearest, where `name` is neither '' nor a row of a table of the
+    paper."""
     if name and name not in rows:
         near, = difflib.get_close_matches(name, rows, 1, cutoff=0)
         raise ValueError(f'paper_row={name!r} is no row of {table}; did you mean {near!r}? '
@@ -177,7 +179,8 @@ def cut_note(cut, n):
 
 
 def pad(rows, fill, width=0):
-    """B lists or arrays of ids -> int64 (B, T), filled up at the right to the longest, or `width`."""
+    """B lists or arrays of ids -> int64 (B, T), filled up at the right to the longest, or
+    `width`."""
     import torch
     ids = torch.full((len(rows), max(width, *map(len, rows))), fill)
     for b, row in enumerate(rows):

@@ -11,7 +11,8 @@ import common
 # ----------------------------------------------------------------------------- tokenizers
 
 class Bytes:
-    """One token per UTF-8 byte, id 256 for <|endoftext|>: no vocabulary to fetch, no unknown text."""
+    """One token per UTF-8 byte, id 256 for <|endoftext|>: no vocabulary to fetch, no unknown
+    text."""
     name, n_vocab, eot_token = 'bytes', 257, 256
 
     def encode_ordinary(self, text):
@@ -63,7 +64,8 @@ class GPT2:
 
 
 def utf8(text):
-    """A text's bytes. Raises ValueError if it is not Unicode, but holds half of a surrogate pair."""
+    """A text's bytes. Raises ValueError if it is not Unicode, but holds half of a surrogate
+    pair."""
     try:
         return text.encode()
     except UnicodeEncodeError as error:

@@ -8,16 +8,17 @@
   python reproduce.py --only=fig4 --cells=k1h1s,k1h6s       of that, some cells and their baselines
   python reproduce.py --report=True                         tables, figures and verdicts of what is there, no training
 
-A cell is one run of train.py, in its own folder of out_dir. One that is finished is not done again, one that was
-stopped goes on: after Ctrl-C, or anything worse, the same command continues. results.md, results.json and the figures
-are written anew after every cell.
+A cell is one run of train.py, in its own folder of out_dir. One that is finished is not done again,
+one that was stopped goes on: after Ctrl-C, or anything worse, the same command continues.
+results.md, results.json and the figures are written anew after every cell.
 
-How it is compared. Phase two starts from the same phase one and sees the same batches in the same order for as many
-steps, under the same schedule. The baseline is the vanilla model continued for as many steps (the paper's GPT-2 row has
-seen fewer than MoM's), and beside it one continued for as many training FLOPs: its loss is interpolated, in the
-logarithm of the FLOPs, between continuations of several lengths, each with its own schedule. The peak learning rate
-of phase two is tuned on the first seed for each family: the vanilla continuation, routers that begin at the layers,
-and all others; one cell of each finds the rate. What begins from scratch takes phase one's.
+How it is compared. Phase two starts from the same phase one and sees the same batches in the same
+order for as many steps, under the same schedule. The baseline is the vanilla model continued for as
+many steps (the paper's GPT-2 row has seen fewer than MoM's), and beside it one continued for as
+many training FLOPs: its loss is interpolated, in the logarithm of the FLOPs, between continuations
+of several lengths, each with its own schedule. The peak learning rate of phase two is tuned on the
+first seed for each family: the vanilla continuation, routers that begin at the layers, and all
+others; one cell of each finds the rate. What begins from scratch takes phase one's.
 """
 import csv
 import glob
@@ -143,7 +144,8 @@ def folder(name, rate, seed):
 
 
 def rate_of(name):
-    """The cell's peak learning rate: phase one's for what begins from scratch, else its family's best on seed 1.
+    """The cell's peak learning rate: phase one's for what begins from scratch, else its family's
+    best on seed 1.
 
     None while results to choose by are not all in; a report chooses by what is there.
     """
@@ -160,8 +162,8 @@ def rate_of(name):
 def record(name, seed):
     """Results of a cell, None if they are not in.
 
-    EQUAL + a cell is the vanilla model continued for as many FLOPs as that one took: linear in their logarithm between
-    the two nearest of the vanilla model's continuations.
+    EQUAL + a cell is the vanilla model continued for as many FLOPs as that one took: linear in
+    their logarithm between the two nearest of the vanilla model's continuations.
     """
     if not name.startswith(EQUAL):
         return records.get((name, rate_of(name), seed))
@@ -174,7 +176,8 @@ def record(name, seed):
 
 
 def around(name, seed):
-    """The nearest two continuations of the vanilla model that took fewer and more FLOPs than a cell, if they are in."""
+    """The nearest two continuations of the vanilla model that took fewer and more FLOPs than a
+    cell, if they are in."""
     other = record(name, seed)
     there = [one for one in budgets if record(one, seed)]
     for less, more in zip(there, there[1:]):
@@ -186,14 +189,16 @@ def around(name, seed):
 def needed(name, seed):
     """The cells that have to be finished before this one can begin, as (name, seed).
 
-    All phase two of all seeds begins from the same phase one; what was begun from scratch goes on from its own seed.
+    All phase two of all seeds begins from the same phase one; what was begun from scratch goes on
+    from its own seed.
     """
     needs = recipes[name].needs
     return [(needs, 1 if needs.startswith('phase_one') else seed)] if needs else []
 
 
 def asked(name, rate, seed):
-    """train.py's settings for a cell, without those of the system; None while what it depends on is not finished."""
+    """train.py's settings for a cell, without those of the system; None while what it depends on is
+    not finished."""
     cell = recipes[name]
     if not all(record(*other) for other in needed(name, seed)):
         return None
@@ -208,7 +213,8 @@ def asked(name, rate, seed):
 
 
 def step_flops(model, k_a=None, k_f=None):
-    """Training FLOPs of a step: three forward passes, by the method's count (merged=False) of GPT.flops_per_token."""
+    """Training FLOPs of a step: three forward passes, by the method's count (merged=False) of
+    GPT.flops_per_token."""
     shape = {f.name: model[f.name] for f in fields(MoMConfig) if f.name in model}
     with torch.device('meta'):
         gpt = GPT(MoMConfig(**shape | dict(block_size=S['block_size'], vocab_size=vocabulary(S))))
@@ -216,7 +222,8 @@ def step_flops(model, k_a=None, k_f=None):
 
 
 def compare(where, want, had, text_had):
-    """Raises ValueError if a run has other settings, or another text, than those that are wanted."""
+    """Raises ValueError if a run has other settings, or another text, than those that are
+    wanted."""
     for key, value in want.items():
         before = had.get(key)
         if key == 'init_from':  # folders may move
@@ -316,7 +323,8 @@ def estimate(values):
 
 
 def contrast(weights, metric='loss'):
-    """The weighted sum of cells' results, seed by seed: (mean, standard error or None, seeds); None if none is in."""
+    """The weighted sum of cells' results, seed by seed: (mean, standard error or None, seeds); None
+    if none is in."""
     values = []
     for seed in range(1, last_seed + 1):
         found = [record(name, seed) for name in weights]
@@ -326,7 +334,8 @@ def contrast(weights, metric='loss'):
 
 
 def judge(weights, limit, metric):
-    """(verdict, contrast): undecided within the 95% interval of Student's t, or with one seed within CLOSE.
+    """(verdict, contrast): undecided within the 95% interval of Student's t, or with one seed
+    within CLOSE.
 
     CLOSE is meant for the difference of two losses, and grows as the noise of a sum of more does.
     """
@@ -513,7 +522,8 @@ def smooth(x, y):
 
 
 def draw_starts(result):
-    """Validation loss against tokens per parameter of phase two: how long until fresh routers have caught up?"""
+    """Validation loss against tokens per parameter of phase two: how long until fresh routers have
+    caught up?"""
     fig, ax = plt.subplots(figsize=(7, 4.5), layout='constrained')
     per_step = S['batch_size'] * S['block_size'] / parameters(S)
     for row in rows['starts']:
@@ -532,7 +542,8 @@ def draw_starts(result):
 
 
 def draw_axis(where):
-    """axis.png in a folder of kept results: the differences from GPT-2 against tokens per parameter."""
+    """axis.png in a folder of kept results: the differences from GPT-2 against tokens per
+    parameter."""
     points = {}  # (label, which difference) -> {ratio: (mean, standard error or None)}
     for path in glob.glob(os.path.join(where, '*', 'results.json')):
         with open(path, encoding='utf-8') as f:
@@ -592,7 +603,8 @@ def cost(name):  # FLOPs of a cell before it has run: every decision takes all K
 
 
 def start(name, rate, seed, state):
-    """The training of a cell as a process. It holds our lock too, so that none outlives us unnoticed."""
+    """The training of a cell as a process. It holds our lock too, so that none outlives us
+    unnoticed."""
     where = folder(name, rate, seed)
     os.makedirs(where, exist_ok=True)
     values = dict(init_from='resume', data_dir=data_dir) if state == 'begun' else asked(name, rate, seed)
@@ -615,13 +627,15 @@ def last_line(path):
 
 
 def weights_missing(todo):
-    """Of the cells that others of todo start from, those that only `keep` knows: they are to be trained again."""
+    """Of the cells that others of todo start from, those that only `keep` knows: they are to be
+    trained again."""
     needs = {(name, rate_of(name), seed) for name, _, seed in todo for name, seed in needed(name, seed)}
     return [cell for cell in needs if cell in kept_only]
 
 
 def train(what, todo):
-    """Train (name, rate, seed)s that are not finished, `workers` at a time, each when what it depends on is.
+    """Train (name, rate, seed)s that are not finished, `workers` at a time, each when what it
+    depends on is.
 
     A rate of None is the tuned one. Cells that depend on one that failed are left out.
     """
@@ -686,7 +700,8 @@ def look_at_folder(cell):
 
 
 def look_at_all():
-    """Put all that is there into records: seeds that another call has trained belong into every report of this one."""
+    """Put all that is there into records: seeds that another call has trained belong into every
+    report of this one."""
     look('phase_one', S['rate'], 1)
     for cell in probes:
         look(*cell)
@@ -696,7 +711,8 @@ def look_at_all():
 
 
 def close_ones():
-    """(name, seed)s of more seeds, for rows that end close to a baseline, and for those baselines."""
+    """(name, seed)s of more seeds, for rows that end close to a baseline, and for those
+    baselines."""
     more = []
     for table in ('table1', 'table2', 'routers', 'axis'):
         for row in rows[table] if table in chosen else ():

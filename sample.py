@@ -4,8 +4,8 @@
   python sample.py --source=gpt2-medium --max_new_tokens=100
 
 Keys and values are cached, one of each per token and executed step, however many modules made them.
-GPT.generate is the door to `generate` below. Shapes: B rows, T tokens, C width, V vocabulary, nh heads,
-hs head size.
+GPT.generate is the door to `generate` below. Shapes: B rows, T tokens, C width, V vocabulary, nh
+heads, hs head size.
 """
 import copy
 import math
@@ -18,36 +18,39 @@ import inputs
 from model import Packed, few_rows
 
 # --- what
-source = 'out/mom_demo'       # a run's directory or checkpoint, a GPT-2 name, or a Hugging Face directory
-prompt = ''                   # text to continue; '' starts a new document; file:PATH reads it from a file
+source = 'out/mom_demo'       # a run or its checkpoint, a GPT-2 name, a Hugging Face directory
+prompt = ''                   # text to continue, or file:PATH; '' starts a new document
 samples = 1                   # how many
 max_new_tokens = 400          # tokens of each
 # --- how
 temperature = 0.8             # 0 is greedy
 top_k = 200                   # sample among the k likeliest tokens; 0 is all
 top_p = 1.0                   # and among the likeliest that hold this share of the probability
-beams = 1                     # more: the likeliest text that a beam search finds, temperature or not
+beams = 1                     # more: the likeliest text that a beam search finds
 stop = True                   # at <|endoftext|>
 seed = 1337                   # of the draws
-dtype = 'float32'             # of the weights: 'float32', or 'bfloat16', which reads half as much per token
+dtype = 'float32'             # of the weights: 'float32', or 'bfloat16', half as much to read
 device = 'auto'               # 'auto', 'cpu', 'cuda'
 # ---
-settings, given = common.load(globals()) if __name__ == '__main__' else ({}, set())  # not when imported
+settings, given = common.load(globals()) if __name__ == '__main__' else ({}, set())
 
 
 KEPT = weakref.WeakKeyDictionary()  # model -> (the weights that it had, what was made of them)
 
 
 def prepared(model):
-    """A dict for what decoding makes of a model's weights: the last one's, if none has changed since.
+    """A dict for what decoding makes of a model's weights: the last one's, if none has changed
+    since.
 
-    In it are the modules of each chunk, merged by subset under MoM, and the head. In fp32 they are the
-    weights themselves, and only the merged matrices take memory: S * 12 C^2 bytes a routed chunk. In
-    bf16 on a CPU they are a second copy in another layout, as large as the model. It goes with the model,
-    with the next call in training mode, or by `forget(model)`. A change through `.data` is not seen.
+    In it are the modules of each chunk, merged by subset under MoM, and the head. In fp32 they are
+    the weights themselves, and only the merged matrices take memory: S * 12 C^2 bytes a routed
+    chunk. In bf16 on a CPU they are a second copy in another layout, as large as the model. It goes
+    with the model, with the next call in training mode, or by `forget(model)`. A change through
+    `.data` is not seen.
     """
     # The tensors are held, so that no new weight can come to lie where an old one was.
-    weights = [(p.detach(), object() if p.is_inference() else p._version) for p in model.parameters()]
+    weights = [(p.detach(), object() if p.is_inference() else p._version)
+               for p in model.parameters()]
     now = [(p.data_ptr(), p.dtype, version) for p, version in weights]
     if model not in KEPT or KEPT[model][0] != now:
         KEPT[model] = now, weights, {}
@@ -60,7 +63,8 @@ def forget(model):
 
 
 def laid_out(w):
-    """A matrix (in, out) as a CPU multiplies a few rows by it fastest: fp32 as it is, bf16 packed."""
+    """A matrix (in, out) as a CPU multiplies a few rows by it fastest: fp32 as it is, bf16
+    packed."""
     if w.device.type != 'cpu' or w.dtype != torch.bfloat16 or w.ndim != 2:
         return w
     turned = w.t().contiguous()  # (out, in)
@@ -81,8 +85,8 @@ class Cache:
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.depth)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.depth)]
         self.length = 0  # tokens of the longest row
-        # Where rows differ: the tokens of each, and the entries of each at each step. Under MoD a step
-        # has fewer entries than tokens.
+        # Where rows differ: the tokens of each, and the entries of each at each step. Under MoD a
+        # step has fewer entries than tokens.
         self.tokens = torch.zeros(B, dtype=torch.int64, device=device)
         self.used = torch.zeros(cfg.depth, B, dtype=torch.int64, device=device)
         self.ready = {} if ready is None else ready
@@ -104,8 +108,8 @@ class Cache:
     def extend(self, step, k, v, count=None):
         """Append k, v (B, nh, T, hs); with count (B,) only the first `count` of each row are real.
 
-        Returns all keys and values (B, nh, length, hs), a mask of who sees whom (B, 1, T, length) or
-        None, and whether it is the plain causal one instead.
+        Returns all keys and values (B, nh, length, hs), a mask of who sees whom (B, 1, T, length)
+        or None, and whether it is the plain causal one instead.
         """
         T = k.size(2)
         if count is None:
@@ -113,7 +117,7 @@ class Cache:
             self.k[step][:, :, first:self.length] = k
             self.v[step][:, :, first:self.length] = v
             mask = None
-            if first > 0 and T > 1:  # several tokens after others: SDPA's own causal mask is for the first
+            if first > 0 and T > 1:  # several tokens after others; SDPA's own causal mask has none
                 mask = torch.ones(T, self.length, dtype=torch.bool, device=k.device).tril(first)
             causal = first == 0
         else:
@@ -151,7 +155,8 @@ class Cache:
         """Chunk.pools, once for all tokens, in the layout for decoding."""
         if first_step not in self.ready:
             pools = chunk.pools(x, keep=True)
-            self.ready[first_step] = type(pools)(*(modules and lay_out(modules) for modules in pools))
+            pools = type(pools)(*(modules and lay_out(modules) for modules in pools))
+            self.ready[first_step] = pools
         return self.ready[first_step]
 
 
@@ -166,8 +171,8 @@ class Decoder:
     """
 
     def __init__(self, model, idx, lengths, size, vocab, fill):
-        """idx (B, T): prompts, of `lengths` (B,) if they differ; size: most tokens of a row; vocab: how
-        many ids there are; fill: what stands behind a row's end."""
+        """idx (B, T): prompts, of `lengths` (B,) if they differ; size: most tokens of a row; vocab:
+        how many ids there are; fill: what stands behind a row's end."""
         B, T = idx.shape
         block, device = model.cfg.block_size, idx.device
         self.model, self.vocab, ready = model, vocab, prepared(model)
@@ -191,10 +196,12 @@ class Decoder:
     def read_prompts(self):
         """Rows of different lengths go through the model in groups of about the same length."""
         last = []  # features of each row's last token
-        for first, end in alike(self.ends.tolist(), 32 if self.text.device.type == 'cpu' else math.inf):
+        most = 32 if self.text.device.type == 'cpu' else math.inf
+        for first, end in alike(self.ends.tolist(), most):
             ends, cache = self.ends[first:end], self.cache.part(first, end)
             longest = int(ends[0])
-            x, _ = self.model.features(self.text[first:end, :longest], cache, ends if self.apart else None)
+            idx, count = self.text[first:end, :longest], ends if self.apart else None
+            x, _ = self.model.features(idx, cache, count)
             last.append(x[torch.arange(len(x), device=x.device), ends - 1])
         self.cache.length = int(self.ends[0])
         self.score(torch.cat(last))
@@ -216,7 +223,8 @@ class Decoder:
         self.score(self.model.features(last, self.cache, count)[0][:, -1])
 
     def slide(self, end):
-        """Positions are learned, so a text beyond block_size is read afresh for each further token."""
+        """Positions are learned, so a text beyond block_size is read afresh for each further
+        token."""
         self.cache.length = self.model.cfg.block_size  # full, and of no more use
         last = self.text[:, end - self.model.cfg.block_size:end]
         self.score(self.model.features(last)[0][:, -1])
@@ -232,7 +240,8 @@ class Decoder:
 
 
 def alike(lengths, most):
-    """Lengths, the longest first -> [(first, end)] of groups that `most` tokens of padding make equal."""
+    """Lengths, the longest first -> [(first, end)] of groups that `most` tokens of padding make
+    equal."""
     groups, first, padding = [], 0, 0
     for i, length in enumerate(lengths):
         padding += lengths[first] - length
@@ -255,7 +264,8 @@ def pick(logits, temperature, top_k, top_p):
 
 
 def draw(p):
-    """Shares (B, V) of any sum above 0 -> a column of each row (B, 1), as likely as its share is large."""
+    """Shares (B, V) of any sum above 0 -> a column of each row (B, 1), as likely as its share is
+    large."""
     exact = torch.float32 if p.device.type == 'mps' else torch.float64  # mps has no other
     upto = p.cumsum(-1, dtype=exact)
     u = 1 - torch.rand_like(upto[:, :1])  # above 0, so that no share of 0 is drawn
@@ -263,10 +273,11 @@ def draw(p):
 
 
 def draw_likely(p, top_p):
-    """The same among the likeliest that hold the share top_p of p (B, V), and what is as likely as they.
+    """The same among the likeliest that hold the share top_p of p (B, V), and what is as likely as
+    they.
 
-    Draw from all, and again while what is likelier than the one drawn holds the share: that needs no
-    sorting of p, and 1 / top_p draws or fewer on average.
+    Draw from all, and again while what is likelier than the one drawn holds the share: that needs
+    no sorting of p, and 1 / top_p draws or fewer on average.
     """
     drawn = draw(p)
     for _ in range(8):
@@ -276,25 +287,28 @@ def draw_likely(p, top_p):
             return drawn
         drawn = torch.where(again, draw(p), drawn)
     likely, ids = p.sort(descending=True)
-    likely = likely.masked_fill(likely.cumsum(-1) - likely >= top_p, 0)  # what stands before it holds the share
+    # What stands before the ones left out holds the share already.
+    likely = likely.masked_fill(likely.cumsum(-1) - likely >= top_p, 0)
     return torch.where(again, ids.gather(1, draw(likely)), drawn)
 
 
 @torch.no_grad()
-def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, beams=1, stop=None,
-             lengths=None, vocab=None):
-    """Continue each row of idx (B, T) by max_new_tokens tokens -> (B, T + max_new_tokens), or fewer if
-    all rows stopped before.
+def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, beams=1,
+             stop=None, lengths=None, vocab=None):
+    """Continue each row of idx (B, T) by max_new_tokens tokens -> (B, T + max_new_tokens), or fewer
+    if all rows stopped before.
 
-    temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the likeliest that hold this share
-    of the probability. beams > 1 searches for the sequence of highest mean log-probability instead. A row
-    that has produced the token `stop` is finished. lengths (B,): prompts of different lengths, padded on
-    the right; the new tokens of a row follow its prompt at once, and the rest of a row is filled with
-    `stop` (0 without one). vocab: how many ids the tokenizer has, if the model's vocabulary is padded
-    beyond them. A text longer than block_size slides: each further token sees the last block_size tokens
-    afresh. That is for equally long rows without beams. Raises ValueError for what cannot be done.
+    temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the likeliest that hold this
+    share of the probability. beams > 1 searches for the sequence of highest mean log-probability
+    instead. A row that has produced the token `stop` is finished. lengths (B,): prompts of
+    different lengths, padded on the right; the new tokens of a row follow its prompt at once, and
+    the rest of a row is filled with `stop` (0 without one). vocab: how many ids the tokenizer has,
+    if the model's vocabulary is padded beyond them. A text longer than block_size slides: each
+    further token sees the last block_size tokens afresh. That is for equally long rows without
+    beams. Raises ValueError for what cannot be done.
     """
-    lengths = check(model.cfg, idx, max_new_tokens, temperature, top_k, top_p, beams, lengths, vocab)
+    lengths = check(model.cfg, idx, max_new_tokens, temperature, top_k, top_p, beams, lengths,
+                    vocab)
     training = model.training
     model.eval()  # MoD must not look at the future
     try:
@@ -339,10 +353,11 @@ def check(cfg, idx, max_new_tokens, temperature, top_k, top_p, beams, lengths, v
     if lengths is not None:
         lengths = torch.as_tensor(lengths, device=idx.device)
         if lengths.shape != (B,) or not (1 <= lengths.min() and lengths.max() <= T):
-            raise ValueError(f'lengths={lengths.tolist()} must give each of the {B} rows a length of 1 to {T}')
+            raise ValueError(f'lengths={lengths.tolist()} must give each of the {B} rows a length of '
+                             f'1 to {T}')
     if T + max_new_tokens > cfg.block_size and (lengths is not None or beams > 1):
-        raise ValueError(f'{T} + {max_new_tokens} tokens do not fit block_size={cfg.block_size}: shorten '
-                         'the prompts, or take fewer new tokens')
+        raise ValueError(f'{T} + {max_new_tokens} tokens do not fit block_size={cfg.block_size}: '
+                         'shorten the prompts, or take fewer new tokens')
     return lengths
 
 
@@ -354,8 +369,8 @@ def few_go_on(ended):
 def beam_search(decoder, max_new_tokens, beams, stop):
     """Of each row the best finished text by mean log-probability, a text being new tokens only.
 
-    A row has ended when `beams` texts are finished and none that still runs is better, as it stands, than
-    the worst of them.
+    A row has ended when `beams` texts are finished and none that still runs is better, as it
+    stands, than the worst of them.
     """
     B, device = len(decoder.text), decoder.text.device
     origin, start, longest = decoder.row, decoder.ends, int(decoder.ends.max())
@@ -420,8 +435,8 @@ def main():
     end = tokenizer.eot_token
     for n in range(samples):
         new = model.generate(idx, max_new_tokens, temperature, top_k or None,
-                             top_p=top_p if top_p < 1 else None, beams=beams, stop=end if stop else None,
-                             vocab=tokenizer.n_vocab)[0, len(ids):].tolist()
+                             top_p=top_p if top_p < 1 else None, beams=beams,
+                             stop=end if stop else None, vocab=tokenizer.n_vocab)[0, len(ids):].tolist()
         if stop and end in new:
             new = new[:new.index(end)]
         print(text + tokenizer.decode(new))
