@@ -235,7 +235,10 @@ def results_folder(path):
             f.write(b'.')
         os.unlink(probe)
     except (FileExistsError, NotADirectoryError) as error:
-        raise ValueError(f'{error.filename} is a file, where a folder has to be: name another') from error
+        there = path
+        while there and not os.path.exists(there):
+            there = os.path.dirname(there)
+        raise ValueError(f'{there} is a file, where a folder has to be: name another') from error
     except OSError as error:
         raise ValueError(f'{path} cannot take results ({error.strerror}): name another folder with '
                          '--out_dir=FOLDER') from error

@@ -689,7 +689,9 @@ def train(what, todo):
             process.wait()
     if stop:
         write_report()
-        sys.exit(f'stopped. The same command goes on: {common.command("python", *sys.argv)}')
+        again = common.command('python', *sys.argv)
+        print(f'reproduce.py: stopped. The same command goes on: {again}', file=sys.stderr)
+        sys.exit(130)
 
 
 def look_at_folder(cell):

@@ -435,7 +435,6 @@ def test_a_page_without_skip_does_not_speak_of_it(tmp_path):
     assert 'K2H3, chunks 1-4-1' in page and '5.500' in page  # the run itself, though no curves are asked for
 
 
-@pytest.mark.skipif(not hasattr(common, 'if_stopped'), reason='what Ctrl-C says is in common.py')
 def test_ctrl_c_is_one_sentence(tmp_path):
     args = [checkpoint(tmp_path), '--tokens=3000', '--batch=1']
     training = kill.Training(args, 1, tmp_path / 'output', 'analyze.py')

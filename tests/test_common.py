@@ -17,7 +17,8 @@ import inputs
 from model import GPT, MoMConfig
 from weights import HUB
 
-SCRIPTS = ['train.py', 'prepare.py', 'sample.py', 'bench.py', 'finetune_glue.py', 'finetune_xsum.py']
+SCRIPTS = ['train.py', 'prepare.py', 'sample.py', 'bench.py', 'finetune_glue.py', 'finetune_xsum.py',
+           'evaluate.py', 'weights.py', 'analyze.py', 'reproduce.py', 'gpu.py']
 
 
 def load(*argv, **scope):

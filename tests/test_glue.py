@@ -744,7 +744,7 @@ def test_what_is_kept_of_other_settings_is_not_gone_on_with(data, sources, tmp_p
 
 def test_a_place_that_takes_no_results_is_found_before_training(data, sources, tmp_path):
     (tmp_path / 'file').touch()
-    with pytest.raises(NotADirectoryError):  # of which common.py makes a sentence
+    with pytest.raises(ValueError, match='file is a file, where a folder has to be'):
         run(f'--source={sources["vanilla"]}', '--task=rte', f'--data_dir={data}/nowhere',
             f'--out_dir={tmp_path}/file/out')
 

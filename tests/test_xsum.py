@@ -596,7 +596,7 @@ def test_two_runs_do_not_share_a_folder(folder, tmp_path):
 
 def test_a_place_that_takes_no_results_is_found_first(folder, tmp_path):
     (tmp_path / 'file').touch()
-    with pytest.raises(NotADirectoryError):  # of which common.py makes a sentence
+    with pytest.raises(ValueError, match='file is a file, where a folder has to be'):
         run(f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path / "nowhere"}',
             f'--out_dir={tmp_path}/file/run')
 
