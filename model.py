@@ -115,8 +115,9 @@ def linear(x, w, b):
     """x w + b, for x (M, in) and w (in, out)."""
     if isinstance(w, Grouped):
         return grouped_linear(x, w, b)
-    few = x.size(0) <= FEW or isinstance(w, Packed)
-    return few_rows(x, w, b) if few else torch.addmm(b, x, w)
+    if isinstance(w, Packed) or len(x) <= FEW and not torch.is_grad_enabled():
+        return few_rows(x, w, b)  # in decoding
+    return torch.addmm(b, x, w)
 
 
 # What modules do to the tokens x (M, C). m: one module.
