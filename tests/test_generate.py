@@ -176,3 +176,26 @@ def test_mistakes_name_the_fix():
             model.generate(idx, 5, **args)
     with pytest.raises(ValueError, match='longer than block_size=24'):
         model(torch.zeros(1, 25, dtype=torch.int64))
+
+
+def test_beams_of_a_row_do_not_depend_on_the_other_rows():
+    """A row that has ended stays ended, however long the others go on."""
+    for seed in range(60):
+        torch.manual_seed(seed)
+        model = stir(GPT(tiny(chunks='1-1', vocab_size=7)), seed=seed, std=0.6).double().eval()
+        idx = torch.randint(0, 7, (4, 3))
+        together = model.generate(idx, 12, beams=3, stop=2).tolist()
+        for row, whole in zip(idx, together):
+            alone = model.generate(row[None], 12, beams=3, stop=2)[0].tolist()
+            assert whole[:len(alone)] == alone and set(whole[len(alone):]) <= {2}, seed
+
+
+def test_a_generation_that_raises_leaves_the_model_in_its_mode(monkeypatch):
+    model = GPT(tiny()).train()
+
+    def fail(*args, **kwargs):
+        raise RuntimeError
+    monkeypatch.setattr(model, 'features', fail)
+    with pytest.raises(RuntimeError):
+        model.generate(torch.zeros(1, 3, dtype=torch.int64), 2)
+    assert model.training
