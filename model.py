@@ -655,7 +655,7 @@ def cross_entropy(logits, targets, reduction='mean'):
 # side by side, so that each module is one matrix product over all of its rows. And since Eq. 5 adds
 # q, k and v up without weights, the modules of a subset are merged into one matrix.
 
-FEW = 16           # rows up to which a CPU is done with x @ w when it has read w
+FEW = 64           # rows up to which a product takes other ways on a CPU: few_rows
 MOST_SUBSETS = 40  # for which q, k, v are merged: all K of N = 4, K2S of N = 6 (21), of N = 8 (36)
 
 # The modules of a pool, one by one and as a stack for products that take all of them at once.
@@ -847,25 +847,41 @@ Packed = namedtuple('Packed', 'matrix')  # in place of w (in, out) in bf16: in o
 
 
 def few_rows(x, w, b=None):
-    """x @ w + b for x (M, in), w (in, out). Up to FEW rows in fp32 a CPU is done when it has read
-    w, and many products over parts of w can read at up to twice the speed of one."""
+    """x @ w + b for x (M, in), w (in, out), on a CPU in products over parts of w.
+
+    One row is done when w is read, and several threads can read parts at up to twice the speed of
+    one product. With more rows MKL is slow where w is wide, or stored (out, in), unless its parts
+    are small.
+    """
     if isinstance(w, Packed):
         return torch.ops.mkldnn._linear_pointwise(x, w.matrix, b, 'none', [], '')
+    if not in_parts(x, w):
+        return x @ w if b is None else torch.addmm(b, x, w)
     (M, C), D = x.shape, w.size(1)
-    y, few = None, x.device.type == 'cpu' and 0 < M <= FEW and x.dtype == w.dtype == torch.float32
-    if few and not torch.compiler.is_compiling() and (M > 1 or torch.get_num_threads() > 1):
-        parts = 32 if D > C and M > 3 else 8
-        if w.is_contiguous() and C % parts == 0:      # parts of the inner dimension, which add up
-            some = x.view(M, parts, C // parts).transpose(0, 1)
-            y = torch.bmm(some, w.view(parts, C // parts, D)).sum(0)
-        elif D >= 96 and w.t().is_contiguous():       # stored (out, in): parts of the outer one
-            parts, rest = divmod(D, 96)
-            some = w.t()[:D - rest].view(parts, 96, C).transpose(1, 2)
-            y = torch.bmm(x.expand(parts, M, C), some).transpose(0, 1).reshape(M, D - rest)
-            y = torch.cat((y, x @ w[:, D - rest:]), 1) if rest else y
-    if b is None:
-        return x @ w if y is None else y
-    return torch.addmm(b, x, w) if y is None else y + b
+    if w.is_contiguous() and M > 1 and D > C and C % 16 == 0:  # parts of the inner, one by one
+        y = x.new_zeros(M, D) if b is None else b.repeat(M, 1)
+        for some, part in zip(x.split(C // 16, dim=1), w.split(C // 16)):
+            y.addmm_(some, part)
+        return y
+    if w.is_contiguous() and M <= 16 and C % 8 == 0:           # parts of the inner, side by side
+        y = torch.bmm(x.view(M, 8, C // 8).transpose(0, 1), w.view(8, C // 8, D)).sum(0)
+    elif w.t().is_contiguous() and M <= 16 and D >= 96:        # stored (out, in): of the outer
+        parts, rest = divmod(D, 96)
+        part = w.t()[:D - rest].view(parts, 96, C).transpose(1, 2)
+        y = torch.bmm(x.expand(parts, M, C), part).transpose(0, 1).reshape(M, D - rest)
+        y = torch.cat((y, x @ w[:, D - rest:]), dim=1) if rest else y
+    else:
+        y = x @ w
+    return y if b is None else y + b
+
+
+def in_parts(x, w):
+    """Whether few_rows takes more than one product: in fp32 on a CPU, in decoding."""
+    if x.device.type != 'cpu' or not x.dtype == w.dtype == torch.float32:
+        return False
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu'):
+        return False
+    return 1 < x.size(0) <= FEW or x.size(0) == 1 and torch.get_num_threads() > 1
 
 
 def gru(cell, x, s):

@@ -84,7 +84,8 @@ class Cache:
         # zeros: what a mask hides is multiplied by 0 all the same, and 0 * nan is nan
         self.k = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.depth)]
         self.v = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(cfg.depth)]
-        self.length = 0  # tokens of the longest row
+        self.first = 0   # tokens of the longest row before those at hand
+        self.length = 0  # and with them
         # Where rows differ: the tokens of each, and the entries of each at each step. Under MoD a
         # step has fewer entries than tokens.
         self.tokens = torch.zeros(B, dtype=torch.int64, device=device)
@@ -98,9 +99,9 @@ class Cache:
         `count` of the T tokens of a row are real; None: all are, and have been.
         """
         new = torch.arange(T, device=self.tokens.device)
-        before, self.length = self.length, self.length + T
+        self.first, self.length = self.length, self.length + T
         if count is None:
-            return before + new
+            return self.first + new
         at = self.tokens.unsqueeze(1) + new
         self.tokens += count
         return at.clamp(max=self.most - 1)  # past the last real token, where it does not matter
@@ -111,24 +112,23 @@ class Cache:
         Returns all keys and values (B, nh, length, hs), a mask of who sees whom (B, 1, T, length)
         or None, and whether it is the plain causal one instead.
         """
-        T = k.size(2)
-        if count is None:
-            first = self.length - T
-            self.k[step][:, :, first:self.length] = k
-            self.v[step][:, :, first:self.length] = v
-            mask = None
-            if first > 0 and T > 1:  # several tokens after others; SDPA's own causal mask has none
-                mask = torch.ones(T, self.length, dtype=torch.bool, device=k.device).tril(first)
-            causal = first == 0
-        else:
+        T, mask = k.size(2), None
+        if self.first == 0 or count is None:
+            entries = slice(self.first, self.first + T)
+            self.k[step][:, :, entries], self.v[step][:, :, entries] = k, v
+        if count is not None:
             new = torch.arange(T, device=k.device).view(1, 1, T, 1)
-            slots = self.used[step].view(-1, 1, 1, 1) + new         # (B, 1, T, 1): where they go
-            self.k[step].scatter_(2, slots.expand_as(k), k)
-            self.v[step].scatter_(2, slots.expand_as(v), v)
+            slots = self.used[step].view(-1, 1, 1, 1) + new  # (B, 1, T, 1): where they go
+            if self.first > 0:
+                self.k[step].scatter_(2, slots.expand_as(k), k)
+                self.v[step].scatter_(2, slots.expand_as(v), v)
+                mask = torch.arange(self.length, device=k.device) <= slots
             self.used[step] += count  # what follows is padding, which the next tokens overwrite
-            mask = torch.arange(self.length, device=k.device) <= slots
-            causal = False
-        return self.k[step][:, :, :self.length], self.v[step][:, :, :self.length], mask, causal
+        if self.first == 0:
+            return k, v, None, True  # no real token stands behind padding
+        if count is None and T > 1:  # several tokens after others; SDPA's own causal mask has none
+            mask = torch.ones(T, self.length, dtype=torch.bool, device=k.device).tril(self.first)
+        return self.k[step][:, :, :self.length], self.v[step][:, :, :self.length], mask, False
 
     def select(self, rows):
         """Row b becomes what row rows[b] was."""

@@ -1,5 +1,10 @@
+import signal
+
 import pytest
 import torch
+
+# A shell's background jobs ignore Ctrl-C, and so would the scripts that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

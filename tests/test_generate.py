@@ -5,8 +5,9 @@ import itertools
 import pytest
 import torch
 
-from model import GPT
-from sample import Cache, generate
+import sample
+from model import GPT, few_rows
+from sample import Cache, alike, draw, draw_likely, forget, generate, prepared
 from tests.test_model import hugging_face, stir, tiny
 from tests.test_phi import SYSTEMS, build
 
@@ -169,6 +170,10 @@ def test_mistakes_name_the_fix():
     for args, message in [(dict(temperature=-1), 'temperature=-1'), (dict(top_k=0), 'top_k=0'),
                           (dict(top_p=1.5), 'top_p=1.5'), (dict(top_p=0.0), 'top_p=0.0'),
                           (dict(beams=0), 'beams=0'), (dict(beams=2), 'do not fit'),
+                          (dict(temperature=float('inf')), 'temperature=inf'),
+                          (dict(temperature=float('nan')), 'temperature=nan'),
+                          (dict(vocab=0), 'vocab=0'), (dict(vocab=51), 'from 1 to 50'),
+                          (dict(lengths=[3]), 'each of the 2 rows'),
                           (dict(lengths=torch.tensor([3, 21])), 'a length of 1 to 20'),
                           (dict(lengths=torch.tensor([3])), 'each of the 2 rows'),
                           (dict(lengths=torch.tensor([3, 20])), 'do not fit block_size=24')]:
@@ -199,3 +204,94 @@ def test_a_generation_that_raises_leaves_the_model_in_its_mode(monkeypatch):
     with pytest.raises(RuntimeError):
         model.generate(torch.zeros(1, 3, dtype=torch.int64), 2)
     assert model.training
+
+
+@pytest.mark.parametrize('threads', [1, 2])
+@pytest.mark.parametrize('rows', [1, 2, 5, 16, 17, 64, 65])
+@pytest.mark.parametrize('shape', [(32, 48), (48, 32), (24, 203), (16, 192), (7, 100)])
+def test_products_over_parts(rows, shape, threads):
+    x, w, b = torch.randn(rows, shape[0]), torch.randn(shape), torch.randn(shape[1])
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with torch.no_grad():
+            for stored in (w, w.t().contiguous().t()):
+                assert torch.allclose(few_rows(x, stored), x @ w, atol=1e-4)
+                assert torch.allclose(few_rows(x, stored, b), x @ w + b, atol=1e-4)
+            with torch.autocast('cpu', torch.bfloat16):
+                assert torch.allclose(few_rows(x, w, b).float(), x @ w + b, atol=0.5)
+    finally:
+        torch.set_num_threads(before)
+
+
+def change(model):
+    with torch.no_grad():
+        model.chunks[1].attn.qkv_w.mul_(-2)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
+def test_what_is_kept_of_the_weights_follows_them(dtype):
+    """A changed weight, a cast or another state_dict is seen by the next call."""
+    idx, model = torch.randint(0, 50, (2, 5)), stir(GPT(tiny())).cast(dtype).eval()
+    other = {name: p.flip(-1) for name, p in model.state_dict().items() if p.is_floating_point()}
+    changes = [lambda: None, lambda: change(model), lambda: model.load_state_dict(other, strict=False),
+               lambda: model.cast(torch.float64), lambda: model.cast(dtype)]
+    for make in changes:
+        make()
+        with_kept = model.generate(idx, 12, temperature=0)
+        forget(model)
+        assert torch.equal(with_kept, model.generate(idx, 12, temperature=0))
+        kept = prepared(model)
+        model.generate(idx, 2)
+        assert kept and prepared(model) is kept  # nothing has changed: nothing is made anew
+    model.train().generate(idx, 2)
+    assert model not in sample.KEPT
+
+
+def test_draws_have_the_shares_of_the_likeliest():
+    torch.manual_seed(0)
+    for top_p in (0.02, 0.5, 0.9, 1.0):  # with 0.02 most rows come to the sorting
+        p = torch.randn(40).mul(2).softmax(-1)
+        ranked = p.sort(descending=True)
+        nucleus = ranked.indices[:int((ranked.values.cumsum(-1) < top_p - 1e-6).sum()) + 1]
+        want = torch.zeros(40).index_copy(0, nucleus, p[nucleus])
+        drawn = draw_likely(p.expand(20_000, 40), top_p).squeeze(1).bincount(minlength=40) / 20_000
+        assert (drawn - want / want.sum()).abs().max() < 0.02
+        assert not drawn[want == 0].any()
+    shares = torch.tensor([[0.0, 0.5, 0.0, 0.5, 0.0]]).expand(10_000, 5)
+    assert set(draw(shares).flatten().tolist()) == {1, 3}
+
+
+def test_rows_that_end_are_dropped_and_groups_of_prompts_cover_all(monkeypatch):
+    lengths = torch.randint(1, 60, (40,)).sort(descending=True).values.tolist()
+    groups = alike(lengths, 32)
+    assert [i for first, end in groups for i in range(first, end)] == list(range(40))
+    assert len(groups) > 2
+    assert all(sum(lengths[first] - n for n in lengths[first:end]) <= 32 for first, end in groups)
+    rows, read = [], sample.Decoder.read
+
+    def count(decoder):
+        rows.append(len(decoder.text))
+        read(decoder)
+    monkeypatch.setattr(sample.Decoder, 'read', count)
+    model = build('mom')
+    idx = torch.randint(0, 50, (8, 5))
+    stop = model.generate(idx, 6, temperature=0)[0, 7].item()  # row 0 ends at its third token
+    for lengths in (None, torch.tensor([5, 4, 1, 3, 5, 2, 5, 4])):
+        for beams in (1, 3):
+            rows.clear()
+            out = model.generate(idx, 12, temperature=0 if beams == 1 else 1.0, beams=beams,
+                                 stop=stop, lengths=lengths)
+            assert rows[-1] < 8 * beams  # fewer as they end
+            for b, n in enumerate([5] * 8 if lengths is None else lengths.tolist()):
+                how = dict(temperature=0) if beams == 1 else dict(beams=beams)
+                alone = model.generate(idx[b:b + 1, :n], 12, stop=stop, **how)[0].tolist()
+                assert out[b, :len(alone)].tolist() == alone
+                assert set(out[b, len(alone):].tolist()) <= {stop}
+
+
+def test_a_list_of_lengths_and_a_tiny_temperature():
+    model = stir(GPT(tiny()))
+    idx = torch.randint(0, 50, (2, 5))
+    greedy = model.generate(idx, 6, temperature=0, lengths=torch.tensor([5, 3]))
+    assert torch.equal(model.generate(idx, 6, temperature=1e-45, lengths=[5, 3]), greedy)
