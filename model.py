@@ -115,9 +115,7 @@ def linear(x, w, b):
     """x w + b, for x (M, in) and w (in, out)."""
     if isinstance(w, Grouped):
         return grouped_linear(x, w, b)
-    if isinstance(w, Packed) or len(x) <= FEW and not torch.is_grad_enabled():
-        return few_rows(x, w, b)  # in decoding
-    return torch.addmm(b, x, w)
+    return few_rows(x, w, b)  # torch.addmm(b, x, w), but for a few rows in decoding on a CPU
 
 
 # What modules do to the tokens x (M, C). m: one module.
@@ -666,9 +664,8 @@ Merged = namedtuple('Merged', 'qkv_w qkv_b')    # one for each subset of the att
 # R = M K rows, one for each pick, sorted by module. token (R,): sorted row -> the token it is of;
 # inverse (R,): row -> sorted row; sizes: how many rows each module has, and last those of SKIP.
 Sorted = namedtuple('Sorted', 'token inverse sizes')
-# The same where only the device knows the sizes: the module of each sorted row (R,), the same as a
-# matrix of 0 and 1 (N, R), where the rows of each module end (N,), and which rows are SKIP's (R,
-# 1).
+# The same where only the device knows the sizes. module (R,): of each sorted row; member (N, R): the
+# same as 0 and 1; ends (N,): where the rows of each module end; idle (R, 1): which rows are SKIP's.
 SortedOnDevice = namedtuple('SortedOnDevice', 'token inverse module member ends idle')
 Grouped = namedtuple('Grouped', 'stack rows')  # a parameter (N, ...), its SortedOnDevice
 
@@ -683,11 +680,10 @@ def unstack(stack, dtype):
 
 
 def sort_picks(ids, N, everything, x):
-    """How the picks ids (M, K) of modules 0 to N - 1, or N for none, are carried out for rows x (M,
-    C).
+    """How picks ids (M, K) are carried out for tokens x (M, C). N stands for no module, SKIP.
 
-    A list of modules, if all tokens take the same; else the rows sorted. everything: K is all there
-    is.
+    A list of modules, if all tokens take the same; else the rows sorted. everything: K is all that
+    there is to pick.
     """
     on_device = grouped_dtype(x) is not None
     if everything:
@@ -716,10 +712,9 @@ def sort_rows(ids, N, on_device):
 
 
 def each_pick(fn, modules, x, route, N):
-    """[(k, y (M, out))]: what fn makes of x (M, in) with the k-th picks of all tokens, zeros for
-    SKIP.
+    """[(k, y)]: y (M, out) is what fn makes of x (M, in) with the k-th picks of all tokens.
 
-    Picks that are SKIP for all tokens may be left out, but for one.
+    SKIP gives zeros. Picks that are SKIP for all tokens may be left out, but for one.
     """
     if isinstance(route, list):
         picks = [(k, fn(modules.each[i], x)) for k, i in enumerate(route) if i < N]
@@ -773,8 +768,7 @@ def grouped_norm(x, w, b):  # x (R, C), sorted by module; w, b: Grouped (N, C)
 
 def grouped_linear(x, w, b):  # x (R, in), w: Grouped (N, in, out), b: Grouped (N, out) -> (R, out)
     # F.grouped_mm leaves the rows past its last group uninitialised, in its output and in the
-    # gradient of its input, and 0 * nan is nan: they are masked on both sides, never multiplied by
-    # 0.
+    # gradient of its input, and 0 * nan is nan: they are masked on both sides.
     idle, x = w.rows.idle, x.to(w.stack.dtype)
     y = F.grouped_mm(x.masked_fill(idle, 0), w.stack, offs=w.rows.ends)
     return y.add_(OfRows.apply(b.stack, b.rows)).masked_fill_(idle, 0)
@@ -825,8 +819,7 @@ def incidence(sets, N):  # (S, N) of 0 and 1: which modules a set has
 
 
 def merge(m, incidence):
-    """The q, k, v of subsets of modules as one matrix each: a stack of N attention modules -> of S
-    Merged.
+    """A stack of N attention modules -> a stack of S Merged: q, k, v of a subset as one matrix.
 
     Eq. 5 adds them up without weights. With x^ = (x - mean) / std, and g_k, c_k the gain and bias
     of LN_k, sum_k (LN_k(x) W_k + b_k) = x^ (sum_k diag(g_k) W_k) + sum_k (c_k W_k + b_k).
