@@ -6,13 +6,14 @@
   python bench.py train config/gpt2_small.py --micro_batch=2 --block_size=512 --compare=hf
   python bench.py forward config/mom_small_k3h1s.py       beside the vanilla model's
   python bench.py decode config/gpt2_small.py --prompt=32 --compare=hf,ct2    text, cached
+  python bench.py decode config/gpt2_small.py --batch=32 --ragged=True --new=16 --compare=hf
   python bench.py tf32 config/mom_medium_k2h6s.py         routers in fp32, and in a GPU's TF32
   python bench.py route                                   a routed step against dense products
   python bench.py ablate                                  what merging, grouping, caching bring
   python bench.py scale                                   how a step grows with N, K, H, T, width
   python bench.py saved config/mom_large_k2h6s.py         bytes that training keeps per token
 
-A mode is the function of that name; MODES, at the end, says which settings count in it. Of a config
+MODES, at the end, names the function of each mode and the settings that count in it. Of a config
 file the model's settings and micro_batch count. Weights are random, or those of --weights; tokens
 are random. What is compared is timed in turn within one run, after a first call that is timed apart
 (it compiles and fills caches) and a second one. Figures are medians of `repeats` calls. FLOPs are
@@ -20,9 +21,13 @@ active ones: what SKIP saves does not count. route and ablate take one chunk of 
 given; route takes K = 2, then 3, if K is not given.
 
 decode reports the whole call (prompt and all new tokens), the first token, and the step, which is
-the time of a further token. If it compares with transformers ('hf') or CTranslate2 ('ct2', or
-'ct2_int8' with weights of 8 bits), all GPT-2s have the same weights. CTranslate2 is needed for
-nothing else: pip install ctranslate2.
+the time of a further token. No text ends early: all rows get `new` tokens. --ragged=True gives the
+rows of a batch prompts of different lengths, --beams=4 has all libraries search with beams, and
+--top_p=0.9 or --top_k=200 adds the model as it samples, at temperature 1. If it compares with
+transformers ('hf') or CTranslate2 ('ct2', or 'ct2_int8' with weights of 8 bits), all GPT-2s have
+the same weights, and "same text" counts the rows that come out as ours do: all, but for near ties.
+CTranslate2 never writes the last id, which ends a text there. It is needed for nothing else: pip
+install ctranslate2. What MoM reads is counted of the texts: with beams, of the best.
 
 Peak memory is torch's on a GPU, weights and optimizer included; on the CPU it is the process's,
 until the first model has run twice. The result is one JSON object: mode, machine, and the rows of
@@ -32,6 +37,7 @@ each other, and 'trace' with --profile=True. It is the last line on stdout; in a
 import csv
 import dataclasses
 import datetime
+import importlib
 import itertools
 import json
 import os
@@ -48,12 +54,13 @@ import torch
 from torch.nn import functional as F
 
 import common
-from model import GPT, MoMConfig, attn_in, has_grouped_mm, top_k
+import model as model_py
+from model import GPT, MoMConfig, attn_in, has_grouped_mm
 from sample import Cache
-from weights import load_checkpoint, read_weights
+from weights import hugging_face_names, load_checkpoint, read_weights
 
 # --- what
-mode = 'runs'          # a function below: 'runs', 'table1', 'train', 'forward', 'decode', ...
+mode = 'runs'          # or 'table1', 'train', 'forward', 'decode', ...: the keys of MODES below
 of = ''                # runs: out_dirs, with commas; table1: runs whose last k_a and k_f count
 size = 'small,medium,large'  # table1: which sizes
 k_a = 0.0              # table1: attention modules per token and step of the MoM rows; 0 is K
@@ -70,6 +77,10 @@ batch = 0              # decode: sequences, 0 is 1; table1 with --measure: seque
 length = 1024          # table1 with --measure: tokens of each
 prompt = 64            # decode, ablate: tokens before the first new one
 new = 64               # decode, ablate: new tokens
+ragged = False         # decode: prompts of different lengths, from half of `prompt` up to it
+beams = 1              # decode: more is a beam search, of all that is compared
+top_k = 0              # decode: beside it the model as it samples, among the k likeliest tokens,
+top_p = 1.0            # ... or the likeliest that hold this share; 0 and 1.0: no such row
 tokens = 4096          # route, ablate: tokens, in sequences of block_size; scale: in one
 repeats = 5            # timed calls of each thing
 # --- system
@@ -186,10 +197,6 @@ def as_cell(value, digits):
     return value if isinstance(value, str) else f'{value:,.{digits}f}'
 
 
-def as_words(numbers):
-    return ', '.join(f'{key} {value}' for key, value in numbers.items())
-
-
 # ----------------------------------------------------------------------------- models, counts
 
 def assembly(cfg):
@@ -233,13 +240,13 @@ def router_weights_used(cfg, chunk):
     return stored * (1 if cfg.router == 'linear' else chunk.H)
 
 
-def weights_read(model, cfg, decisions, B, start, width):
-    """Bytes of weights that a decoding step has to read, the mean over positions from `start` on.
+def weights_read(model, cfg, decisions, starts, width):
+    """Bytes of weights that a decoding step has to read, the mean over steps.
 
-    decisions: those of B whole sequences. A module counts if any of the sequences takes it; where
-    subsets are merged, the qkv matrices of the modules that a token takes together count once.
-    Routers count at every step, with 4 bytes a weight (GPT.cast leaves them in fp32), all else with
-    `width`.
+    decisions: those of whole sequences; starts: the first position of each that is decoded. A
+    module counts if any of the sequences takes it; where subsets are merged, the qkv matrices of
+    the modules that a token takes together count once. Routers count at every step, with 4 bytes a
+    weight (GPT.cast leaves them in fp32), all else with `width`.
     """
     C = cfg.n_embd
     # matrices, biases and LayerNorms
@@ -248,7 +255,7 @@ def weights_read(model, cfg, decisions, B, start, width):
     for chunk, decided in zip(model.chunks, decisions):
         reads = dict.fromkeys(sizes, chunk.H)
         for d in decided:
-            modules, sets = modules_read(d, B, start, cfg.tied)
+            modules, sets = modules_read(d, starts, cfg.tied)
             for part in {'A': ('qkv', 'out'), 'F': ('ffn',), 'T': sizes}[d.kind]:
                 reads[part] += (sets if part == 'qkv' and chunk.S else modules) - 1
         total += 4 * router_weights_used(cfg, chunk)
@@ -256,11 +263,11 @@ def weights_read(model, cfg, decisions, B, start, width):
     return total
 
 
-def modules_read(d, B, start, tied):
-    """How many modules, and how many sets of them, a position of B sequences takes."""
-    ids = d.ids.view(B, -1, d.ids.size(1))[:, start:].transpose(0, 1).tolist()  # (positions, B, K)
+def modules_read(d, starts, tied):
+    """How many modules, and how many sets of them, a decoding step of all sequences takes."""
+    ids = d.ids.view(len(starts), -1, d.ids.size(1)).tolist()
     modules, sets = [], []
-    for position in ids:
+    for position in zip(*(row[start:] for row, start in zip(ids, starts))):  # to the shortest's end
         picked = {frozenset(0 if tied else i for i in token if i < d.N) for token in position}
         picked -= {frozenset()}
         modules.append(len(frozenset().union(*picked)))
@@ -274,7 +281,7 @@ def runs():
     """Finished runs of train.py side by side."""
     if not of:
         raise ValueError('which runs? Name their folders: --of=out/gpt2_demo,out/mom_demo')
-    print('depth: assembly steps executed; active: of the modules that tokens took (SKIP is none);\n'
+    print('depth: assembly steps executed; active: of modules that tokens took (SKIP is none);\n'
           'bits/byte: of the validation, before the first step and after the last.')
     rows = []
     for folder in of.split(','):
@@ -402,24 +409,16 @@ def measured_gib(cfg, B, T):
     return sum(t.nbytes for t in (logits, *cache.k, *cache.v)) / 2**30
 
 
-# ----------------------------------------------------------------------------- train, forward, decode
+# ----------------------------------------------------------------------- train, forward, decode
 
-LABELS = {'vanilla': 'GPT-2, ours', 'hf': 'GPT-2, transformers',
+LABELS = {'sampled': 'the same, sampling', 'vanilla': 'GPT-2, ours', 'hf': 'GPT-2, transformers',
           'ct2': 'GPT-2, CTranslate2', 'ct2_int8': 'GPT-2, CTranslate2 in int8'}
+PEERS = ('hf', 'ct2', 'ct2_int8')  # which read the same files
 
 
-def train():
-    """Training steps: forward, backward, AdamW."""
-    return whole_passes(training=True)
-
-
-def forward():
-    """Forward passes, with logits."""
-    return whole_passes(training=False)
-
-
-def whole_passes(training):
-    """The rows of train and forward: the model first, then what it is compared with."""
+def passes():
+    """Training steps (forward, backward, AdamW), or forward passes with logits."""
+    training = mode == 'train'
     loaded, cfgs = subjects()
     own = cfgs['model']
     x, y = torch.randint(own.vocab_size, (2, micro_batch, own.block_size), device=device)
@@ -447,7 +446,7 @@ def whole_passes(training):
             'slowest': round(1e3 * seconds[name][-1], 2), 'tokens/s': round(x.numel() / step, 1),
             'active MFLOPs/token': flops[name],
             'GFLOP/s': round(flops[name] * per_second / 1e3, 1), 'MFU %': rounded(mfu, 1)}
-    for name in others(rows):
+    for name in [*rows][1:]:
         took, needs = steps['model'] / steps[name], flops['model'] / flops[name]
         ratios[name] = {'tokens/s': 1 / took, 'time': took, 'active FLOPs': needs,
                         'time / active FLOPs': took / needs}
@@ -457,29 +456,40 @@ def whole_passes(training):
 
 
 def decode():
-    """Greedy text with a cache: the whole call, the first token, the step."""
+    """Text with a cache, greedy or by beam search: the whole call, the first token, the step."""
     loaded, cfgs = subjects()
-    own, calls, rows, megabytes = cfgs['model'], {}, {}, {}
+    own, B = cfgs['model'], batch or 1
     if prompt + new > own.block_size:
         raise ValueError(f'prompt={prompt} and new={new} are more than block_size='
                          f'{own.block_size}, beyond which no cache helps: take fewer')
-    x = torch.randint(own.vocab_size, (batch or 1, prompt), device=device)
-    say_what(own, f'{len(x)} x {prompt} tokens and {new} new ones of each, greedy')
+    x = torch.randint(own.vocab_size, (B, prompt), device=device)
+    lengths, starts = None, [prompt] * B
+    if ragged:  # evenly spread, in any order
+        lengths = torch.linspace(prompt, prompt / 2, B).ceil().long()[torch.randperm(B)].to(device)
+        starts = lengths.tolist()
+    say_what(own, f'{B} x {min(starts)} to {prompt}' if ragged else f'{B} x {prompt}',
+             f'tokens and {new} new ones of each,', f'{beams} beams' if beams > 1 else 'greedy')
+    calls, rows, texts, megabytes = {}, {}, {}, {}
     with tempfile.TemporaryDirectory() as folder:
-        source = write_gpt2(cfgs, folder)
+        source = write_gpt2(cfgs, folder, loaded)
         for name, cfg in cfgs.items():
             before = used_memory()
-            model = build(name, cfg, loaded, source)
-            calls[name, 'first'] = partial(write, model, name, x, 1)
-            calls[name, 'call'] = partial(write, model, name, x, new)
+            if name != 'sampled':  # the model itself, which is the row before
+                model = build(name, cfg, loaded, source)
+            calls[name, 'first'] = partial(write, model, name, x, 1, lengths)
+            calls[name, 'call'] = partial(write, model, name, x, new, lengths)
             first, peak = first_calls([calls[name, 'first'], calls[name, 'call']], before, name)
-            decisions = [[]] * len(cfg.plans)
-            if name == 'model':
-                decisions = decisions_of(model, calls[name, 'call']()[:, :-1])
+            text, decisions = calls[name, 'call'](), [[]] * len(cfg.plans)
+            texts[name] = new_tokens(text, name, x, new, lengths)
+            if name in ('model', 'sampled'):
+                decisions = decisions_of(model, text[:, :-1])
             bare = on_meta(cfg)
-            read = weights_read(bare, cfg, decisions, len(x), prompt, bytes_of_weight(name))
+            read = weights_read(bare, cfg, decisions, starts, bytes_of_weight(name))
             megabytes[name] = round(read / 1e6, 3)
-            rows[name] = start_row(name, bare, modules_per_token(decisions), peak, first)
+            taken = modules_per_token([] if ragged else decisions)  # padding is not to count
+            rows[name] = start_row(name, bare, taken, peak, first)
+            same = texts[name] == texts['vanilla' if 'vanilla' in texts else 'model']
+            rows[name]['same text'] = int(same.all(1).sum()) if name in PEERS else None
     bandwidth = notes['bandwidth GB/s'] = round(memory_bandwidth(), 1)
     seconds = {key: statistics.median(s) for key, s in alternate(calls).items()}
     steps = {}
@@ -491,11 +501,11 @@ def decode():
                 'machine is busy with other things. Take more of --new and --repeats')
         step = steps[name] = (whole - start) / (new - 1)
         reached = megabytes[name] / step / 1e3
-        row |= {'call ms': round(1e3 * whole, 2), 'call tokens/s': round(len(x) * new / whole, 1),
+        row |= {'call ms': round(1e3 * whole, 2), 'call tokens/s': round(B * new / whole, 1),
                 'first token ms': round(1e3 * start, 2), 'ms/step': round(1e3 * step, 3),
-                'step tokens/s': round(len(x) / step, 1), 'MB read/step': megabytes[name],
+                'step tokens/s': round(B / step, 1), 'MB read/step': megabytes[name],
                 'GB/s': round(reached, 2), '% of bandwidth': round(100 * reached / bandwidth, 1)}
-    for name in others(rows):
+    for name in [*rows][1:]:
         took, needs = steps['model'] / steps[name], megabytes['model'] / megabytes[name]
         ratios[name] = {
             'call tokens/s': seconds[name, 'call'] / seconds['model', 'call'],
@@ -560,19 +570,16 @@ def subjects():
         beside.add('vanilla')
     if own.vanilla or mode == 'tf32':
         beside.discard('vanilla')
-    return loaded, {'model': own} | {name: vanilla for name in LABELS if name in beside}
+    cfgs = {'model': own} | ({'sampled': own} if top_k or top_p < 1 else {})
+    return loaded, cfgs | {name: vanilla for name in LABELS if name in beside}
 
 
-def others(rows):
-    return [name for name in rows if name != 'model']
-
-
-def say_what(cfg, work):
+def say_what(cfg, *work):
     for path, values in FILES.items():
         left = (key for key in values if key not in MODEL | {'micro_batch', 'init_from'})
         print(f'{path}: left out, for train.py alone: {", ".join(left)}')
     print(f'{assembly(cfg)}, chunks {cfg.chunks}, width {cfg.n_embd}, {cfg.vocab_size:,} kinds of '
-          f'token, {weights or "random"} weights; {work}; {machine["device"]}, '
+          f'token, {weights or "random"} weights; {" ".join(work)}; {machine["device"]}, '
           f'{machine["threads"]} CPU threads, {dtype}')
 
 
@@ -603,28 +610,19 @@ def build(name, cfg, loaded=None, source=''):
     return model
 
 
-def import_peers():
-    """transformers, and CTranslate2 if it is compared. Raises ValueError if one is missing."""
+def import_peer(name, install):
+    """A library that is compared. Raises ValueError if it is missing."""
     try:
-        import transformers
+        return importlib.import_module(name)
     except ImportError as error:
-        raise ValueError(f'--compare={compare} needs transformers: pip install -r '
-                         'requirements-dev.txt') from error
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    if 'ct2' not in compare:
-        return transformers, None
-    try:
-        import ctranslate2
-    except ImportError as error:
-        raise ValueError(f'--compare={compare} needs CTranslate2: pip install ctranslate2'
-                         ) from error
-    return transformers, ctranslate2
+        raise ValueError(f'--compare={compare} needs {name}: pip install {install}') from error
 
 
 def transformers_gpt2(cfg, source=''):
     """Their GPT-2 of our MoMConfig: with weights from the folder `source`, else random."""
-    transformers, _ = import_peers()
+    transformers = import_peer('transformers', '-r requirements-dev.txt')
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     if source:
         return transformers.GPT2LMHeadModel.from_pretrained(source, attn_implementation='sdpa')
     return transformers.GPT2LMHeadModel(transformers.GPT2Config(
@@ -633,13 +631,17 @@ def transformers_gpt2(cfg, source=''):
         eos_token_id=None, attn_implementation='sdpa'))
 
 
-def write_gpt2(cfgs, folder):
-    """A random GPT-2 as Hugging Face's files, if other libraries' are in cfgs -> folder or ''."""
-    theirs = [cfg for name, cfg in cfgs.items() if name in ('hf', 'ct2', 'ct2_int8')]
+def write_gpt2(cfgs, folder, loaded=None):
+    """A GPT-2, `loaded` or random, as Hugging Face's files for the other libraries' in cfgs ->
+    folder, or '' if there are none of them."""
+    theirs = [cfg for name, cfg in cfgs.items() if name in PEERS]
     if not theirs:
         return ''
     cfg = theirs[0]
-    transformers_gpt2(cfg).save_pretrained(folder)
+    model = transformers_gpt2(cfg)
+    if loaded and loaded.cfg.vanilla:
+        model.load_state_dict(hugging_face_names(loaded.state_dict()), strict=False)
+    model.save_pretrained(folder)
     names = {str(i): i for i in range(cfg.vocab_size - 1)}
     names['<|endoftext|>'] = cfg.vocab_size - 1  # CTranslate2's converter wants a tokenizer
     with open(os.path.join(folder, 'vocab.json'), 'w') as f:
@@ -651,7 +653,7 @@ def write_gpt2(cfgs, folder):
 
 def build_ct2(source, wanted):
     """CTranslate2's GPT-2 of the folder `source`, in fp32 if it has not the wanted type."""
-    _, ctranslate2 = import_peers()
+    ctranslate2 = import_peer('ctranslate2', 'ctranslate2')
     where = 'cuda' if on_cuda else 'cpu'
     kind = wanted if wanted in ctranslate2.get_supported_compute_types(where) else 'float32'
     converter = ctranslate2.converters.TransformersConverter(source)
@@ -691,16 +693,35 @@ def one_pass(model, name, x, y, training):
     return step
 
 
-def write(model, name, x, n):
-    """n new tokens after x (B, T), greedy -> (B, T + n), but for CTranslate2's own results."""
+def write(model, name, x, n, lengths=None):
+    """n new tokens after the rows of x (B, T), padded on the right if of different lengths (B,) ->
+    (B, T + n), rows of transformers padded on the left; but for CTranslate2's own results."""
+    ends = x.new_full(x.shape[:1], x.size(1)) if lengths is None else lengths
     if name.startswith('ct2'):
-        texts = [[str(i) for i in row] for row in x.tolist()]
-        return model.generate_batch(texts, max_length=n, min_length=n,
+        texts = [[str(i) for i in row[:end]] for row, end in zip(x.tolist(), ends.tolist())]
+        return model.generate_batch(texts, max_length=n, min_length=n, beam_size=beams,
                                     include_prompt_in_result=False)
     if name == 'hf':
-        return model.generate(x, max_new_tokens=n, do_sample=False, pad_token_id=0,
-                              attention_mask=torch.ones_like(x))
-    return model.generate(x, n, temperature=0)
+        T = x.size(1)
+        at = torch.arange(T, device=x.device) - (T - ends).unsqueeze(1)  # (B, T): below 0, padding
+        return model.generate(x.gather(1, at.clamp(min=0)), attention_mask=(at >= 0).long(),
+                              max_new_tokens=n, do_sample=False, num_beams=beams, pad_token_id=0)
+    if name == 'sampled':
+        return model.generate(x, n, top_k=top_k or None, lengths=lengths,
+                              top_p=top_p if top_p < 1 else None)
+    return model.generate(x, n, temperature=0, beams=beams, lengths=lengths)
+
+
+def new_tokens(text, name, x, n, lengths=None):
+    """The new tokens of each row (B, n) in what `write` gave."""
+    if name.startswith('ct2'):
+        new = torch.tensor([result.sequences_ids[0] for result in text], device=x.device)
+    elif name == 'hf' or lengths is None:
+        new = text[:, x.size(1):]
+    else:
+        new = text.gather(1, lengths.unsqueeze(1) + torch.arange(n, device=x.device))
+    assert new.shape == (len(x), n), f'{name} wrote {tuple(new.shape)} tokens for {len(x)} x {n}'
+    return new
 
 
 def first_calls(calls, before, name):
@@ -786,18 +807,21 @@ def route_rows(cfg):
         decisions = chunk(x)[1]
     taken = modules_per_token([decisions])
     shares = torch.stack([d.ids.flatten().bincount(minlength=d.N) / tokens for d in decisions])
-    for passes in ('forward', 'both'):
-        if passes == 'forward':
-            calls = {name: torch.no_grad()(call) for name, call in works.items()}
-        else:
-            calls = {name: with_backward(call, leaves) for name, call in works.items()}
+    for direction, calls in directions(works, leaves):
         ms = milliseconds(calls, warm_up=2)
         rest = ms['routed'] - ms['attention'] - ms['routers']
-        yield {'passes': passes, 'N': decisions[0].N, 'K': cfg.K, 'k_a': taken[0], 'k_f': taken[1],
+        yield {'passes': direction, 'N': decisions[0].N, 'K': cfg.K,
+               'k_a': taken[0], 'k_f': taken[1],
                'idlest': rounded(shares.min().item()), 'busiest': rounded(shares.max().item()),
                **{f'{name} ms': round(t, 2) for name, t in ms.items()},
                'efficiency': round(ms['dense'] / ms['routed'], 3),
                'of modules alone': round(ms['dense'] / rest, 3) if rest > 0 else None}
+
+
+def directions(works, leaves):
+    """[(name, calls)]: functions of `works` as they are, and each with its backward pass."""
+    return [('forward', {name: torch.no_grad()(call) for name, call in works.items()}),
+            ('both', {name: with_backward(call, leaves) for name, call in works.items()})]
 
 
 def with_backward(forward, leaves):
@@ -831,13 +855,10 @@ def ablate_chunk(cfg):
         with autocast:
             return [chunk(x)[0]]
 
-    for passes in ('forward', 'both'):
-        calls = {}
-        for name, chunk in variants.items():
-            calls[name] = torch.no_grad()(partial(run, chunk))
-            if passes == 'both':
-                calls[name] = with_backward(partial(run, chunk), [x, *chunk.parameters()])
-        yield from times(passes, milliseconds(calls, warm_up=1))
+    works = {name: partial(run, chunk) for name, chunk in variants.items()}
+    leaves = [x, *itertools.chain(*(chunk.parameters() for chunk in variants.values()))]
+    for direction, calls in directions(works, leaves):
+        yield from times(direction, milliseconds(calls, warm_up=1))
 
 
 def ablate_cache(cfg):
@@ -853,8 +874,8 @@ def ablate_cache(cfg):
     return times(f'{new} new tokens after {prompt}', milliseconds(calls, warm_up=1))
 
 
-def times(passes, ms):
-    return [{'what': name, 'passes': passes, 'ms': round(t, 1),
+def times(direction, ms):
+    return [{'what': name, 'passes': direction, 'ms': round(t, 1),
              'times': round(t / ms['as it is'], 2)} for name, t in ms.items()]
 
 
@@ -866,7 +887,7 @@ def every_module(cfg):
     def choose(kind, x, h, state):
         router, N = (chunk.router_a, chunk.N_A) if kind == 'A' else (chunk.router_f, chunk.N_F)
         r, state[kind] = router(x, state.get(kind), h)
-        ids, weights = top_k(r, cfg.K, cfg.router_weights, cfg.tau)
+        ids, weights = model_py.top_k(r, cfg.K, cfg.router_weights, cfg.tau)
         all_weights = torch.zeros(len(x), N + 1, device=device).scatter(1, ids, weights)
         all_ids = torch.arange(N + 1, device=device).expand(len(x), -1)
         return chunk.decision(kind, h, all_ids, all_weights, x)
@@ -918,8 +939,7 @@ def saved():
     F.grouped_mm, bf16 autocast and merging are used whatever the device, as they are for the
     thousands of tokens of a micro-batch on a GPU.
     """
-    import model as model_file
-    model_file.grouped_dtype = lambda x: torch.bfloat16
+    model_py.grouped_dtype = lambda x: torch.bfloat16
     cfg = MoMConfig(**{key: settings[key] for key in MODEL})
     plans, rows = [*map(str, cfg.plans)], []
     for plan, many in Counter(plans).items():
@@ -976,9 +996,10 @@ ROUTE = ['chunks', 'K', 'router', 'router_dim', 'router_weights', 'tau', 'router
 MODES = {
     'runs': (runs, ['of'], []),
     'table1': (table1, ['of', 'size', 'k_a', 'k_f', 'measure', 'batch', 'length'], []),
-    'train': (train, [*SPEED, 'compare', 'profile', 'micro_batch', 'compile'], MODEL),
-    'forward': (forward, [*SPEED, 'compare', 'profile', 'micro_batch', 'compile'], MODEL),
-    'decode': (decode, [*SPEED, 'compare', 'profile', 'batch', 'prompt', 'new', 'hf_dtype'], MODEL),
+    'train': (passes, [*SPEED, 'compare', 'profile', 'micro_batch', 'compile'], MODEL),
+    'forward': (passes, [*SPEED, 'compare', 'profile', 'micro_batch', 'compile'], MODEL),
+    'decode': (decode, [*SPEED, 'compare', 'profile', 'batch', 'prompt', 'new', 'hf_dtype',
+                        'ragged', 'beams', 'top_k', 'top_p'], MODEL),
     'tf32': (tf32, [*SPEED, 'micro_batch'], MODEL),
     'route': (route, ['tokens', 'dtype', 'repeats'], ROUTE),
     'ablate': (ablate, ['tokens', 'dtype', 'repeats', 'prompt', 'new'],
@@ -987,7 +1008,8 @@ MODES = {
     'saved': (saved, [], MODEL)}
 EVERYWHERE = {'mode', 'device', 'threads', 'out_dir'}
 AT_LEAST = dict(micro_batch=1, length=1, prompt=1, tokens=1, repeats=1, batch=0, threads=0,
-                k_a=0, k_f=0, new=2)  # the first new token comes out of the prompt's pass
+                k_a=0, k_f=0, beams=1, top_k=0,
+                new=2)  # the first new token comes out of the prompt's pass
 KNOWN = dict(dtype='auto bfloat16 float32', hf_dtype='bfloat16 float32', size='small medium large',
              compare='hf vanilla' + ' ct2 ct2_int8' * (mode == 'decode'))
 
@@ -1021,8 +1043,16 @@ def check():
             if value not in known.split():
                 raise ValueError(f'{key}={settings[key]!r}: {value!r} is none of '
                                  + known.replace(' ', ', '))
+    if not 0 < top_p <= 1 or beams > 1 and (top_k or top_p < 1):
+        raise ValueError(f'top_p={top_p} must be above 0 and at most 1, and top_p and top_k='
+                         f'{top_k} go without beams={beams}')
+    if ragged and batch < 2:
+        raise ValueError(f'ragged=True needs rows that can differ, not batch={batch}: '
+                         'add --batch=8')
     if 'hf' in compare or 'ct2' in compare:
-        import_peers()
+        import_peer('transformers', '-r requirements-dev.txt')
+    if 'ct2' in compare:
+        import_peer('ctranslate2', 'ctranslate2')
 
 
 check()
@@ -1048,7 +1078,8 @@ rows = MODES[mode][0]()
 print_table(rows)
 for name, numbers in ratios.items():
     ratios[name] = {key: round(number, 3) for key, number in numbers.items()}
-    print(f'{rows[0]["model"]} over {LABELS[name]}: {as_words(ratios[name])}')
+    words = ', '.join(f'{key} {number}' for key, number in ratios[name].items())
+    print(f'{rows[0]["model"]} over {LABELS[name]}: {words}')
 for key, value in notes.items():
     print(f'{key}: {value}')
 results = {'mode': mode, 'machine': machine, 'runs' if mode == 'runs' else 'rows': rows}

@@ -231,13 +231,19 @@ def test_decode_beside_transformers():
     assert vanilla['MB read/step'] == hf['MB read/step'] == pytest.approx(4 * parameters / 1e6, abs=1e-3)
 
 
-def texts(names, which, tmp_path, monkeypatch, x, new):
+def texts(names, which, tmp_path, monkeypatch, x, new, lengths=None, scale=1, **settings):
     """What the models of bench.py's decode write after x, all with the weights of one GPT-2."""
     cfg = MoMConfig('1-1', n_embd=32, n_head=2, block_size=64, vocab_size=50)
     cfgs = dict.fromkeys(['model', *which], cfg)
-    monkeypatch.setitem(names, 'mode', 'decode')  # models in eval mode
+    for key, value in {'mode': 'decode', **settings}.items():  # models in eval mode
+        monkeypatch.setitem(names, key, value)
     source = names['write_gpt2'](cfgs, str(tmp_path))
-    return {name: names['write'](names['build'](name, cfg, None, source), name, x, new) for name in cfgs}
+    theirs = transformers.GPT2LMHeadModel.from_pretrained(source)
+    for p in theirs.parameters():  # larger ones do not just write the last token again
+        p.data *= scale
+    theirs.transformer.wte.weight.data[49] = 0  # which CTranslate2 never writes
+    theirs.save_pretrained(source)
+    return {name: names['write'](names['build'](name, cfg, None, source), name, x, new, lengths) for name in cfgs}
 
 
 def test_transformers_write_the_same_text(names, tmp_path, monkeypatch):
@@ -255,6 +261,64 @@ def test_ctranslate2_writes_the_same_text(names, tmp_path, monkeypatch):
     found = texts(names, ['ct2'], tmp_path, monkeypatch, x, 20)
     theirs = [result.sequences_ids[0] for result in found['ct2']]
     assert found['model'][:, 7:].tolist() == theirs
+
+
+@pytest.mark.parametrize('which', ['hf', 'ct2'])
+@pytest.mark.parametrize('beams', [1, 3])
+@pytest.mark.parametrize('lengths', [None, [7, 3, 5]])
+def test_they_write_the_same_text_with_beams_and_after_prompts_of_different_lengths(
+        which, beams, lengths, names, tmp_path, monkeypatch):
+    if which == 'ct2':
+        pytest.importorskip('ctranslate2')
+    torch.manual_seed(2)
+    x = torch.randint(49, (3, 7))
+    lengths = lengths and torch.tensor(lengths)
+    found = texts(names, [which], tmp_path, monkeypatch, x, 20, lengths, scale=8, beams=beams, compare=which)
+    mine, theirs = (names['new_tokens'](text, name, x, 20, lengths) for name, text in found.items())
+    assert torch.equal(mine, theirs) and len(mine.unique()) > 6
+
+
+ALIKE = [*TINY, '--chunks=1-1', '--block_size=64', '--prompt=8', '--new=40']
+
+
+def test_decode_of_rows_of_different_lengths_with_beams():
+    stdout, result = bench('decode', *ALIKE, '--compare=hf', '--batch=3', '--ragged=True', '--beams=2')
+    mine, hf = result['rows']
+    assert '3 x 4 to 8 tokens and 40 new ones of each, 2 beams' in stdout
+    assert hf['same text'] == 3 and mine['same text'] is None and mine['k_a'] is None
+    assert mine['call tokens/s'] == pytest.approx(1e3 * 3 * 40 / mine['call ms'], rel=0.01)
+
+
+def test_decode_beside_itself_as_it_samples():
+    _, result = bench('decode', *ALIKE, '--chunks=1-4-1', '--skip=False', '--top_p=0.9')
+    greedy, sampled, vanilla = result['rows']
+    assert [*result['ratios']] == ['sampled', 'vanilla'] and sampled['model'] == 'the same, sampling'
+    assert (sampled['parameters'], sampled['k_a']) == (greedy['parameters'], 2.0) and vanilla['k_a'] is None
+    ratio = result['ratios']['sampled']['call tokens/s']  # the time of sampling over that of greedy
+    assert ratio == pytest.approx(sampled['call ms'] / greedy['call ms'], rel=0.02)
+
+
+def test_what_is_sampled_is_as_the_settings_say(monkeypatch):
+    names = script(monkeypatch, 'decode', *ALIKE, '--top_k=3', '--top_p=0.8', '--repeats=1')
+    asked = []
+    monkeypatch.setattr(GPT, 'generate', lambda self, x, n, **settings: asked.append(settings))
+    model, x = GPT(MoMConfig(**SHAPE)), torch.zeros(1, 4, dtype=torch.int64)
+    for name in ('model', 'sampled'):
+        names['write'](model, name, x, 2)
+    assert asked == [dict(temperature=0, beams=1, lengths=None), dict(top_k=3, top_p=0.8, lengths=None)]
+    names['top_k'], names['top_p'] = 0, 1.0
+    names['write'](model, 'sampled', x, 2)
+    assert asked[-1] == dict(top_k=None, top_p=None, lengths=None)
+
+
+def test_other_libraries_get_the_weights_given(names, tmp_path):
+    cfg = MoMConfig(**{**SHAPE, 'chunks': '1-1'})
+    model = GPT(cfg)
+    source = names['write_gpt2']({'model': cfg, 'hf': cfg}, str(tmp_path), model)
+    x = torch.randint(50, (2, 24))
+    theirs = names['transformers_gpt2'](cfg, source)(x).logits
+    assert torch.allclose(theirs, model(x)[0], atol=1e-5)
+    assert names['write_gpt2']({'model': cfg}, str(tmp_path), model) == ''
 
 
 def test_tf32():
@@ -396,11 +460,15 @@ def test_modules_per_token_and_the_weights_that_they_read(names):
     # Position 2: {2} twice is one sum and one module; {3,1} and {3,0} are three feed-forward modules.
     last = always + 2 * 2 * (1 * qkv + 1 * out + 3 * ffn)
     both = (last + always + 2 * 2 * (2 * qkv + 4 * out + 2 * ffn)) / 2
-    assert names['weights_read'](model, cfg, decisions, 2, 2, 2) == pytest.approx(last)
-    assert names['weights_read'](model, cfg, decisions, 2, 1, 2) == pytest.approx(both)
+    assert names['weights_read'](model, cfg, decisions, [2, 2], 2) == pytest.approx(last)
+    assert names['weights_read'](model, cfg, decisions, [1, 1], 2) == pytest.approx(both)
+    # The second sequence is one token longer: its position 2 comes with the first one's position 1.
+    # {1,0} and {2} are two sums of qkv and three modules; {1,2} and {3,0} are four feed-forward modules.
+    apart = always + 2 * 2 * (2 * qkv + 3 * out + 4 * ffn)
+    assert names['weights_read'](model, cfg, decisions, [1, 2], 2) == pytest.approx(apart)
     model.chunks[1].S = 0  # not merged: {0,1}, {2,3} are four matrices, {2} is one
     unmerged = both + 2 * 2 * 2 * qkv / 2
-    assert names['weights_read'](model, cfg, decisions, 2, 1, 2) == pytest.approx(unmerged)
+    assert names['weights_read'](model, cfg, decisions, [1, 1], 2) == pytest.approx(unmerged)
 
 
 def test_every_config_file_gives_the_shape_that_its_weights_have(names, tmp_path, monkeypatch):
@@ -431,6 +499,8 @@ MISTAKES = {
     'train config/mom_dema.py': 'did you mean config/mom_demo.py',
     'train --dtype=fp8': 'none of auto, bfloat16, float32', 'train --compare=nanogpt': 'none of hf, vanilla',
     'train --micro_batch=0': 'must be at least 1', 'decode --new=1': 'must be at least 2',
+    'decode --beams=0': 'must be at least 1', 'decode --top_p=1.5': 'at most 1', 'train --beams=4': 'goes with decode',
+    'decode --beams=4 --top_k=3': 'go without beams=4', 'decode --ragged=True': 'add --batch=8',
     'decode --prompt=1000 --new=100': 'take fewer', 'decode --compile=True': 'goes with train, forward',
     'forward --K=9 --chunks=4': 'take K <= 5', 'train --weights=nowhere': 'nor a directory',
     'route --chunks=1-4-1': 'one chunk of several modules', 'route --tokens=100': 'a multiple of block_size',
