@@ -608,18 +608,20 @@ class LossInParts(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, w, targets, rows):
-        total, grad_x, grad_w = 0, torch.empty_like(x), 0
+        total, grad_x, grad_w = 0, torch.empty_like(x), None
         for at in range(0, len(x), rows):
             some, its = x[at:at + rows], targets[at:at + rows, None]
             logits = some @ w.t()
             p = logits.to(torch.promote_types(logits.dtype, torch.float32))     # (rows, V)
             counts, its = its != -100, its.clamp(min=0)                         # (rows, 1)
-            log_sum = p.logsumexp(-1, keepdim=True)
-            total = total + ((log_sum - p.gather(1, its)) * counts).sum()
+            right = p.sub_(p.amax(-1, keepdim=True)).gather(1, its)
+            sums = p.exp_().sum(-1, keepdim=True)
+            total = total + ((sums.log() - right) * counts).sum()
             # The gradient of the logits is softmax - 1 at the target.
-            p.sub_(log_sum).exp_().scatter_add_(1, its, -torch.ones_like(log_sum)).mul_(counts)
+            p.mul_(counts / sums).scatter_add_(1, its, -counts.to(p.dtype))
             grad_x[at:at + rows] = p @ w
-            grad_w += (p.t() @ some).to(w.dtype)
+            part = (p.t() @ some).to(w.dtype)
+            grad_w = part if grad_w is None else grad_w.add_(part)
         ctx.save_for_backward(grad_x, grad_w)
         return total
 
@@ -672,8 +674,10 @@ Grouped = namedtuple('Grouped', 'stack rows')  # a parameter (N, ...), its Sorte
 
 def unstack(stack, dtype):
     """A named tuple of (N, ...) -> Modules. dtype: of the stack's matrices; None for no stack."""
-    # Once per forward pass: the backward of unbind is one stack, with zeros for unchosen modules.
-    each = [type(stack)(*parameters) for parameters in zip(*(p.unbind(0) for p in stack))]
+    # Once per forward pass: the backward of unbind is one stack, with zeros for unchosen modules. A
+    # single module is a view, whose backward copies nothing.
+    apart = (p.unbind(0) if len(p) > 1 else [p.squeeze(0)] for p in stack)
+    each = [type(stack)(*parameters) for parameters in zip(*apart)]
     if dtype is None:
         return Modules(each, None)
     return Modules(each, type(stack)(*(p.to(dtype) if p.ndim == 3 else p for p in stack)))
