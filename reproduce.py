@@ -1,12 +1,12 @@
 """The paper's tables and figures that are about the loss, run again; paper.py says what they are.
 
-  python reproduce.py                          hours on 2 CPU cores: 8 layers, width 128, bytes
-  python reproduce.py --scale=ratio --text=books/ as many tokens per parameter as the paper's small
-  python reproduce.py --scale=gpu --text=books/     8 layers, width 512, BPE: half an hour of an H100
-  python reproduce.py --scale=paper --size=small    the full recipe on 8 GPUs, one of its three sizes
+  python reproduce.py                               8 layers, width 128, bytes: hours on 2 CPU cores
+  python reproduce.py --scale=ratio --text=books/   the paper's 85 tokens per parameter
+  python reproduce.py --scale=gpu --text=books/     8 layers, width 512, BPE: an H100, half an hour
+  python reproduce.py --scale=paper --size=small    one of the paper's three sizes on 8 GPUs
   python reproduce.py --only=table1,fig4 --seeds=3  some of it, with more seeds
   python reproduce.py --only=fig4 --cells=k1h1s     of that, some cells and their baselines
-  python reproduce.py --report=True                 tables and verdicts of what is there, no training
+  python reproduce.py --report=True                 the report of what is there, no training
 
 A cell is one run of train.py, in its own folder of out_dir. One that is finished is not done again,
 one that was stopped goes on: after Ctrl-C, or anything worse, the same command continues.
@@ -180,11 +180,8 @@ def tuned(name, seed):
     return name, rate_of(name), seed
 
 
-def before(run):
-    """The run that this one starts from; None if it starts from scratch.
-
-    All phase two of all seeds begins from the same phase one.
-    """
+def parent_of(run):
+    """The run that this one starts from, None from scratch. All seeds have the same phase one."""
     name, _, seed = run
     if needs := recipes[name].needs:
         return tuned(needs, 1 if needs.startswith('phase_one') else seed)
@@ -194,8 +191,8 @@ def with_needs(runs):
     """Runs with all that they start from, in an order in which they can be trained."""
     order = []
     for run in runs:
-        if start := before(run):
-            order += with_needs([start])
+        if parent := parent_of(run):
+            order += with_needs([parent])
         order.append(run)
     return unique(order)
 
@@ -206,21 +203,21 @@ def asked(run):
     None while its rate is not known or what it starts from is not finished.
     """
     name, rate, seed = run
-    cell, start = recipes[name], before(run)
-    if rate is None or start and start not in records:
+    cell, parent = recipes[name], parent_of(run)
+    if rate is None or parent and parent not in records:
         return None
     first = name == 'scratch' or cell.family == 'phase_one'
     shared = {key: S[key] for key in ('batch_size', 'micro_batch', 'eval_tokens', 'block_size')}
     return dict(
-        shared, **cell.model, data_dir=data_dir, init_from=folder(start, 'last.pt') if start else 'scratch',
+        shared, **cell.model, data_dir=data_dir,
+        init_from=folder(parent, 'last.pt') if parent else 'scratch',
         seed=1000 * seed + (337 if first else 338),  # 1337 and 1338, as in config/; 2337 and 2338
         max_steps=cell.steps, learning_rate=float(rate),
         eval_every=math.ceil(cell.steps / S['evaluations']))
 
 
 def step_flops(model, k_a=None, k_f=None):
-    """Training FLOPs of a step: three forward passes, by GPT.flops_per_token's count of the method
-    (merged=False)."""
+    """Training FLOPs of a step: three forward passes, as GPT.flops_per_token counts the method."""
     return 3 * on_meta(model).flops_per_token(S['block_size'], k_a, k_f) * tokens_per_step
 
 
@@ -316,23 +313,19 @@ def result_of(run, saved, log):
     """What a finished training came to, from its checkpoint and the rows of its log."""
     total, model = saved['step'], saved['model_config']
     val = [row for row in log if row['val_loss']]
-    at = [int(row['step']) for row in val]
-
-    def over_training(key):
-        return np.trapezoid([float(row[key]) for row in val], at) / total
-
-    k_a, k_f = over_training('k_a'), over_training('k_f')
+    at, k_a, k_f = ([float(row[key]) for row in val] for key in ('step', 'k_a', 'k_f'))
+    k_a, k_f = np.trapezoid([k_a, k_f], at) / total  # their means over the training
     if model['phi'] == 'mod':  # k_a is what its predictor lets through: training takes `capacity`
         k_a = k_f = model['capacity']
     norms = [float(row['grad_norm']) for row in log
              if row['grad_norm'] and int(row['step']) > 0.1 * total]
-    start = before(run)
+    parent = parent_of(run)
     spent = step_flops(model, k_a, k_f) * total / 1e15
     loss = float(val[-1]['val_loss'])
     return dict(
         loss=loss, perplexity=math.exp(loss), bits_per_byte=float(val[-1]['val_bits_per_byte']),
         steps=total, rate=run[1], k_a=k_a, k_f=k_f, pflops=spent,
-        pflops_in_all=spent + (records[start]['pflops_in_all'] if start else 0),
+        pflops_in_all=spent + (records[parent]['pflops_in_all'] if parent else 0),
         minutes=sum(float(row['ms']) for row in log if row['ms']) / 6e4,
         spikes=float(np.percentile(norms, 99) / np.median(norms)))
 
@@ -420,14 +413,21 @@ def numbers_of(row):
         losses = [one['loss'] for one in found]
         numbers['mean'] = {key: statistics.fmean(one[key] for one in found) for key in found[0]}
         numbers['std'] = statistics.stdev(losses) if len(found) > 1 else None
-        away = contrast({name: 1, row.baseline: -1})
-        numbers['difference'] = (0.0, None, len(found)) if name == row.baseline else away
-        equal = contrast({name: 1, EQUAL + name: -1})
-        numbers['equal_flops'] = equal if name in phase_two else None
+        away, equal = (0.0, None, len(found)), None
+        if name != row.baseline:
+            away = contrast({name: 1, row.baseline: -1})
+        if name in phase_two:
+            equal = contrast({name: 1, EQUAL + name: -1})
+        numbers.update(difference=away, equal_flops=equal)
     return numbers
 
 
 # ----------------------------------------------------------------------------- report
+
+COLUMNS = ('system', 'seeds', 'loss', 'perplexity', 'bits/byte', 'steps', 'PFLOPs', 'in all',
+           'from the baseline', 'from GPT-2 of as many FLOPs', 'paper: loss',
+           'paper: from its baseline')
+
 
 def write_report():
     """results.md, results.json and the figures, in out_dir; with `keep`, there too."""
@@ -439,7 +439,7 @@ def write_report():
                   fig5_curves=curves, failed=failed)
     lines = heading()
     for table in chosen:
-        lines += ['', f'## {paper.TITLES[table]}', '', *table_head()]
+        lines += ['', f'## {paper.TITLES[table]}', '', markdown(*COLUMNS), '|' + '---|' * 12]
         lines += [line_of(numbers) for numbers in result['rows'][table]]
     lines += verdicts(result['claims'])
     if failed:
@@ -468,37 +468,29 @@ def heading():
         f'Phase one {one:,} steps, phase two {two:,}, of {S["batch_size"]} sequences of '
         f'{S["block_size"]} tokens ({data_dir}, {S["tokenizer"]}). Losses are of validation after '
         'the last step, in nats per token, ± the standard deviation over seeds; differences are '
-        'seed by seed, ± their standard error. PFLOPs are of training, by the method\'s count '
-        'with the modules that were chosen; for as many, the vanilla model\'s loss is '
-        'interpolated between its continuations. The paper\'s figures are of '
+        "seed by seed, ± their standard error. PFLOPs are of training, by the method's count "
+        "with the modules that were chosen; for as many, the vanilla model's loss is "
+        "interpolated between its continuations. The paper's figures are of "
         f'GPT-2-{S["size"]}, or as its table says.', '',
         f'Learning rates: phase one, and all from scratch, {S["rate"]:g}; phase two by the loss of '
         'seed 1 (if the best is the first or the last, --rates is too short): '
-        + '; '.join(map(tuning, S['probes'].items())) + '.']
+        + '; '.join([tuning('vanilla', 'vanilla'),
+                     tuning('layers', 'routers that begin at the layers, by {},'),
+                     tuning('mom', 'all others, by {},')]) + '.']
 
 
-def tuning(family_and_probe):
+def tuning(family, label):
     """Which learning rates a family has tried, and the best, in words."""
-    family, probe = family_and_probe
-    by = f'by {probe.removesuffix("_layers").upper()},'
-    label = {'vanilla': 'vanilla', 'layers': f'routers that begin at the layers, {by}',
-             'mom': f'all others, {by}'}[family]
-    tried = []
+    probe, tried = S['probes'][family], []
     for rate in rates:
         found = records.get((probe, rate, 1))
         tried.append(f'{rate:g}: {found["loss"]:.3f}' if found else f'{rate:g}: –')
+    label = label.format(probe.removesuffix('_layers').upper())
     return f'{label} {rate_of(probe) or "–"} ({", ".join(tried)})'
 
 
 def markdown(*words):
     return '| ' + ' | '.join(map(str, words)) + ' |'
-
-
-def table_head():
-    words = ('system', 'seeds', 'loss', 'perplexity', 'bits/byte', 'steps', 'PFLOPs', 'in all',
-             'from the baseline', 'from GPT-2 of as many FLOPs', 'paper: loss',
-             'paper: from its baseline')
-    return [markdown(*words), '|' + '---|' * len(words)]
 
 
 def line_of(row):
@@ -542,11 +534,10 @@ def verdicts(judged):
 # ----------------------------------------------------------------------------- figures
 
 def draw_fig3():
-    ours = np.full((4, 4), math.nan)
-    for f, a in np.ndindex(4, 4):
+    ours = np.zeros((4, 4))
+    for f, a in list(np.ndindex(4, 4))[:-1]:
         found = contrast({f'na{a + 1}_nf{f + 1}': 1, 'na4_nf4': -1})
         ours[f, a] = found[0] if found else math.nan
-    ours[3, 3] = 0
     fig, axes = plt.subplots(1, 2, figsize=(9, 4), layout='constrained')
     for ax, numbers, title in zip(axes, (ours, paper.FIG3), ('ours', 'the paper, medium')):
         numbers = np.ma.masked_invalid(np.array(numbers, float))
@@ -641,7 +632,7 @@ def draw_axis(where):
     for ax, which, as_many in zip(axes, ('difference', 'equal_flops'), ('steps', 'FLOPs')):
         for label in labels:
             found = {its_ratio: table[label][which] for its_ratio, table in sorted(tables.items())
-                     if table[label].get(which)}
+                     if table.get(label, {}).get(which)}
             if found:
                 mean, error, _ = zip(*found.values())
                 style = 'o--' if 'layers' in label else 'o-'
@@ -682,8 +673,9 @@ def train(what, runs):
     Those that depend on one that failed are left out; why is in `failed`.
     """
     todo = [run for run in runs if not finished(run)]
-    # What they start from is trained again if `keep` has its results, but nobody its weights.
-    todo = [run for run in with_needs(todo) if run in todo or not os.path.exists(folder(run, 'last.pt'))]
+    # What they start from is trained again if `keep` has its results and nobody its weights.
+    todo = [run for run in with_needs(todo)
+            if run in todo or not os.path.exists(folder(run, 'last.pt'))]
     for run in todo:
         records.pop(run, None)
     if todo:
