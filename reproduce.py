@@ -61,10 +61,10 @@ data_dir = ''      # where its tokens are, or will be; '' is data/<text>_<tokeni
 seeds = 1          # of phase two, for every cell
 most_seeds = 3     # for rows of Tables 1, 2, routers and axis that end within 0.02 of a baseline
 steps = []         # of phase one and of phase two, such as [1500,1000]; [] is the scale's
-rates = []         # peak learning rates to choose from in phase two; [] is the scale's
+rates = []         # peaks to choose from in phase two, one is no choice; [] is the scale's
 # --- system
 out_dir = ''       # '' is out/reproduce_<scale>
-workers = 0        # cells at a time; 0 is the scale's. On a CPU, two on one thread each are fastest
+workers = 0        # cells at a time; 0 is the scale's. On a CPU, two of a thread beat one of two
 processes = 0      # of one training, by torchrun; 0 is the scale's
 device = 'auto'    # train.py's
 # ---
@@ -349,8 +349,7 @@ def record(name, seed):
 
 
 def around(name, seed):
-    """The nearest two continuations of the vanilla model that took fewer and more FLOPs than a
-    cell; none if they are not in."""
+    """The vanilla model's two continuations of the next fewer and more FLOPs, () if not in."""
     pflops = {one: found['pflops'] for one in [name, *budgets] if (found := record(one, seed))}
     there = [budget for budget in budgets if budget in pflops]
     for less, more in zip(there, there[1:]):
@@ -376,8 +375,7 @@ def contrast(factors, metric='loss'):
 
 
 def judge(factors, limit, metric):
-    """A contrast and its verdict: undecided within the 95% interval of Student's t, or with one
-    seed within CLOSE.
+    """A contrast and its verdict, undecided within Student's 95% interval, or CLOSE with one seed.
 
     CLOSE is meant for the difference of two losses, and grows as the noise of a sum of more does.
     """
@@ -599,8 +597,7 @@ def draw_fig5(curves):
 
 
 def draw_starts():
-    """Validation loss against tokens per parameter of phase two: how long until fresh routers have
-    caught up?"""
+    """When have fresh routers caught up? Validation loss against tokens per parameter."""
     fig, ax = plt.subplots(figsize=(7, 4.5), layout='constrained')
     for row in rows['starts']:
         if record(row.cell, 1):
@@ -619,8 +616,7 @@ def draw_starts():
 
 
 def draw_axis(where):
-    """axis.png in a folder of kept results: the differences from GPT-2 against tokens per
-    parameter."""
+    """axis.png in a folder of kept results: differences from GPT-2 by tokens per parameter."""
     tables = {}  # ratio -> its rows, by label
     for path in glob.glob(os.path.join(where, '*', 'results.json')):
         with open(path, encoding='utf-8') as f:
@@ -667,10 +663,9 @@ failed = {}  # folder -> why
 
 
 def train(what, runs):
-    """Train those of the runs that are not finished, `workers` at a time, each when what it starts
-    from is there.
+    """Train the runs that are not finished, `workers` at a time, each after what it starts from.
 
-    Those that depend on one that failed are left out; why is in `failed`.
+    What starts from a run that failed is left out; `failed` says why it failed.
     """
     todo = [run for run in runs if not finished(run)]
     # What they start from is trained again if `keep` has its results and nobody its weights.
@@ -687,7 +682,7 @@ def train(what, runs):
             for run in list(todo):
                 if len(running) < workers and asked(run):
                     todo.remove(run)
-                    if not trained(run):  # it may be, and what it starts from was not
+                    if not trained(run):  # it may be: until now its parent was not there
                         running[start(run)] = run
             if not running:
                 break  # what is left depends on what failed
@@ -705,9 +700,8 @@ def train(what, runs):
                           f'{common.clock(to_go)} left', flush=True)
                     write_report()
                 else:
-                    why = last_line(folder(run, 'output.txt'))
-                    failed[folder(run)] = why
-                    print(f'{run_name(run)} failed: {why}', flush=True)
+                    failed[folder(run)] = last_line(folder(run, 'output.txt'))
+                    print(f'{run_name(run)} failed: {failed[folder(run)]}', flush=True)
     finally:  # Ctrl-C, or an error of ours, leaves no training behind; train.py saves then
         for process in running:
             process.terminate()
@@ -721,8 +715,7 @@ def trained(run):
 
 
 def start(run):
-    """The training of a run as a process. It holds our lock too, so that none outlives us
-    unnoticed."""
+    """The training of a run, as a process. It holds our lock too: none outlives us unnoticed."""
     values = asked(run)
     if os.path.exists(folder(run, 'last.pt')):
         values = dict(init_from='resume', data_dir=data_dir)
@@ -730,9 +723,9 @@ def start(run):
     launch = []
     if processes > 1:
         launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={processes}']
-    words = [sys.executable, *launch, os.path.join(common.ROOT, 'train.py'),
-             f'--out_dir={folder(run)}', '--log_every=50', f'--device={device}',
-             *(f'--{key}={value}' for key, value in values.items())]
+    values |= dict(out_dir=folder(run), log_every=50, device=device)
+    words = [sys.executable, *launch, os.path.join(common.ROOT, 'train.py')]
+    words += [f'--{key}={value}' for key, value in values.items()]
     threads = str(max(1, os.cpu_count() // workers))
     with open(folder(run, 'output.txt'), 'ab') as output:
         return subprocess.Popen(words, stdout=output, stderr=output, start_new_session=True,
