@@ -64,7 +64,7 @@ steps = []         # of phase one and of phase two, such as [1500,1000]; [] is t
 rates = []         # peaks to choose from in phase two, one is no choice; [] is the scale's
 # --- system
 out_dir = ''       # '' is out/reproduce_<scale>
-workers = 0        # cells at a time; 0 is the scale's. On a CPU, two of a thread beat one of two
+workers = 0        # cells at a time; 0 is the scale's. On a CPU, one for each core is fastest
 processes = 0      # of one training, by torchrun; 0 is the scale's
 device = 'auto'    # train.py's
 # ---
