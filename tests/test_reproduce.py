@@ -1,6 +1,7 @@
 """reproduce.py as a user runs it, at a scale of seconds, and its report on folders of made-up runs."""
 import csv
 import json
+import lzma
 import re
 import signal
 import statistics
@@ -212,3 +213,24 @@ def test_verdicts_and_learning_rates_on_made_up_numbers(tmp_path):
     one, = next(row for row in results(out)['rows']['table1'] if row['cell'] == 'mod')['runs']
     assert one['pflops'] * 1e15 == pytest.approx(STEPS[1] * mod)
     assert rows['same']['equal_flops'][2] == 1 and rows['scratch_more']['equal_flops'] is None
+
+
+def test_results_that_are_kept_need_no_folders(text, tmp_path):  # noqa: F811
+    """--keep stores log and result of a finished run; a report from them alone is the same."""
+    out, kept, other = tmp_path / 'out', tmp_path / 'kept', tmp_path / 'other'
+    make_up(out, 'phase_one', 4.0, needs='', steps=STEPS[0], data_dir=text)
+    make_up(out, 'vanilla', 3.0, data_dir=text)
+    make_up(out, 'k2h6s', 2.5, data_dir=text, K=2, H=6, skip=True)
+    args = ['--only=axis', '--report=True', f'--keep={kept}']
+    reproduce(text, out, *args)
+    reproduce(text, other, *args)
+    first, second = results(out), results(other)
+    assert first['rows'] == second['rows'] and first['claims'] == second['claims']
+    losses = {row['cell']: row['runs'][0]['loss'] for row in second['rows']['axis'] if row['runs']}
+    assert losses == {'vanilla': 3.0, 'k2h6s': 2.5}
+    with lzma.open(kept / 'k2h6s_lr0.01_seed1.csv.xz') as f:
+        assert f.read() == (out / 'k2h6s_lr0.01_seed1' / 'log.csv').read_bytes()
+    one = json.loads((kept / 'k2h6s_lr0.01_seed1.json').read_text())
+    one['settings']['H'] = 5
+    (kept / 'k2h6s_lr0.01_seed1.json').write_text(json.dumps(one))
+    assert 'holds a run with H=5, not 6' in reproduce(text, other, *args, fails=True)
