@@ -380,10 +380,7 @@ def read_log(folder):
 
 def assembly(cfg):
     """What a model is called: K2H4S, chunks 1-4-1."""
-    if cfg.vanilla:
-        return f'vanilla, {cfg.n_layer} layers'
-    name = f'K{cfg.K}H{cfg.H}{"S" * cfg.skip}' if cfg.phi == 'mom' else cfg.phi
-    return f'{name}, chunks {cfg.chunks}'
+    return f'{cfg.assembly}, ' + (f'{cfg.n_layer} layers' if cfg.vanilla else f'chunks {cfg.chunks}')
 
 
 def find_base(runs, own):

@@ -199,13 +199,6 @@ def as_cell(value, digits):
 
 # ----------------------------------------------------------------------------- models, counts
 
-def assembly(cfg):
-    """What a model is called in the tables."""
-    if cfg.vanilla:
-        return 'vanilla'
-    return f'K{cfg.K}H{cfg.H}{"S" * cfg.skip}' if cfg.phi == 'mom' else cfg.phi
-
-
 def on_meta(cfg):
     """The model without its numbers: enough to count with."""
     with torch.device('meta'):
@@ -293,7 +286,7 @@ def runs():
         speed = [float(row['tokens_per_s']) for row in log if row['tokens_per_s']]
         rows.append({
             'run': os.path.basename(os.path.normpath(folder)), 'chunks': cfg.chunks,
-            'assembly': assembly(cfg), 'depth': cfg.depth,
+            'assembly': cfg.assembly, 'depth': cfg.depth,
             'parameters': n_params, 'in routers': n_router,
             'active MFLOPs/token': round(flops / 1e6, 2), 'steps': step,
             'bits/byte before': round(float(first['val_bits_per_byte']), 3),
@@ -333,10 +326,10 @@ def table1():
         raise ValueError(f'length={length} must be at most 1024, and size={size!r} name a size')
     rates = {}
     for cfg, _, _, val in map(read_run, filter(None, of.split(','))):
-        if assembly(cfg) not in ('K3H1S', 'K3H2S', 'K2H6S'):
-            raise ValueError(f'--of={of}: Table 1 has K3H1S, K3H2S and K2H6S; a {assembly(cfg)} '
+        if cfg.assembly not in ('K3H1S', 'K3H2S', 'K2H6S'):
+            raise ValueError(f'--of={of}: Table 1 has K3H1S, K3H2S and K2H6S; a {cfg.assembly} '
                              'run has no row in it')
-        rates[assembly(cfg)] = float(val[-1]['k_a']), float(val[-1]['k_f'])
+        rates[cfg.assembly] = float(val[-1]['k_a']), float(val[-1]['k_f'])
     print('A forward pass over 10 x 1,024 tokens with logits at every position.\n'
           'k_a, k_f: modules per token and step.\n'
           "paper's K_eff: how many of both give the paper's TFLOPs by our formula.\n"
@@ -364,12 +357,12 @@ def table1_row(name, of_size, rates):
 
     if name.startswith('MoM'):
         k = tuple(float(min(asked or cfg.K, cfg.K)) for asked in (k_a, k_f))
-        k = rates.get(assembly(cfg), k)
+        k = rates.get(cfg.assembly, k)
         # FLOPs are linear in the modules per token: two points give k for the paper's figure
         one, two = forward_tflops(1, 1), forward_tflops(2, 2)
         k_eff = 1 + (tflops - one) / (two - one)
     ours, ours_gib = forward_tflops(*k), prefill_gib(cfg, 10, 1024, 2)
-    row = {'size': of_size, 'model': f'{name} ({assembly(cfg)})' if k_eff else name,
+    row = {'size': of_size, 'model': f'{name} ({cfg.assembly})' if k_eff else name,
            'depth': cfg.depth, 'k_a': rounded(k[0]), 'k_f': rounded(k[1]),
            'TFLOPs': round(ours, 2), "paper's TFLOPs": tflops,
            'TFLOPs, %': tflops and round(100 * (ours / tflops - 1), 1),
@@ -578,7 +571,7 @@ def say_what(cfg, *work):
     for path, values in FILES.items():
         left = (key for key in values if key not in MODEL | {'micro_batch', 'init_from'})
         print(f'{path}: left out, for train.py alone: {", ".join(left)}')
-    print(f'{assembly(cfg)}, chunks {cfg.chunks}, width {cfg.n_embd}, {cfg.vocab_size:,} kinds of '
+    print(f'{cfg.assembly}, chunks {cfg.chunks}, width {cfg.n_embd}, {cfg.vocab_size:,} kinds of '
           f'token, {weights or "random"} weights; {" ".join(work)}; {machine["device"]}, '
           f'{machine["threads"]} CPU threads, {dtype}')
 
@@ -743,7 +736,7 @@ def decisions_of(model, x):
 
 def start_row(name, bare, taken, peak, first):
     cfg = bare.cfg
-    label = LABELS.get(name) or ('GPT-2' if cfg.vanilla else assembly(cfg))
+    label = LABELS.get(name) or ('GPT-2' if cfg.vanilla else cfg.assembly)
     return {'model': label, 'parameters': bare.num_params()[0],
             'k_a': rounded(taken[0]), 'k_f': rounded(taken[1]),
             'peak GiB': rounded(peak and peak / 2**30), 'first s': round(first, 3)}
@@ -762,7 +755,7 @@ def show_profile(call, cfg):
         timed(call)
     by = 'self_cuda_time_total' if on_cuda else 'self_cpu_time_total'
     print(profiler.key_averages().table(sort_by=by, row_limit=15, max_name_column_width=50))
-    notes['trace'] = os.path.join(out_dir, f'{mode}_{assembly(cfg)}.json')
+    notes['trace'] = os.path.join(out_dir, f'{mode}_{cfg.assembly}.json')
     profiler.export_chrome_trace(notes['trace'])
     print('The trace of one call is for chrome://tracing or ui.perfetto.dev.')
 

@@ -76,6 +76,12 @@ class MoMConfig:
         return all(plan.phi == 'vanilla' for plan in self.plans)
 
     @property
+    def assembly(self):  # what it is called: K2H6S, moe, vanilla
+        if self.vanilla:
+            return 'vanilla'
+        return f'K{self.K}H{self.H}{"S" * self.skip}' if self.phi == 'mom' else self.phi
+
+    @property
     def plans(self):  # of each chunk: what it is made of
         return [plan_chunk(self, i) for i in range(len(self.sizes))]
 

@@ -640,13 +640,13 @@ def draw_axis(where):
                xlabel='tokens per parameter in phase one')
         for name, its_ratio in paper.PAPER_RATIOS.items():
             ax.axvline(its_ratio, color='0.8', zorder=0)
-            ax.text(its_ratio, 0.99, f' {name}', transform=ax.get_xaxis_transform(), va='top',
-                    color='0.5', size=8)
+            ax.text(its_ratio, 0.99, f'{name} ', transform=ax.get_xaxis_transform(), va='top',
+                    ha='right', color='0.5', size=8)
         ax.set_xticks(list(paper.RATIOS), list(map(str, paper.RATIOS)))
         ax.minorticks_off()
     axes[0].set_ylabel('loss less that of GPT-2, nats per byte')
-    if axes[0].containers:
-        axes[0].legend(fontsize=8)
+    if axes[1].containers:
+        axes[1].legend(fontsize=8)
     save_figure(fig, 'axis', [where])
 
 
