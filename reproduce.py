@@ -645,8 +645,8 @@ def draw_axis(where):
         ax.set_xticks(list(paper.RATIOS), list(map(str, paper.RATIOS)))
         ax.minorticks_off()
     axes[0].set_ylabel('loss less that of GPT-2, nats per byte')
-    if axes[1].containers:
-        axes[1].legend(fontsize=8)
+    if axes[0].containers:
+        axes[0].legend(loc='upper left', fontsize=8)
     save_figure(fig, 'axis', [where])
 
 
