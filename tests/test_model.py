@@ -271,8 +271,12 @@ def test_flops_formula_counts_what_runs(case, merged, monkeypatch):
         with FlopCounterMode(display=False) as counter:
             model(torch.randint(0, 50, (B, 24)))
         counted.append(counter.get_total_flops())
-    attention = 4 * 24 * 16 * model.cfg.depth  # the counter does not see attention on the CPU
-    want = model.flops_per_token(24, merged=merged) - attention
+    q = torch.zeros(1, 1, 24, 16)
+    with FlopCounterMode(display=False) as counter:
+        torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+    want = model.flops_per_token(24, merged=merged)
+    if counter.get_total_flops() == 0:  # before torch 2.15 it does not see attention on the CPU
+        want -= 4 * 24 * 16 * model.cfg.depth
     assert counted[1] - counted[0] == want * 5 * 24  # so what does not grow with the tokens, merging, cancels
     assert (counted[0] == want * 3 * 24) == (not merged or 'chunks' in case)
     assert (model.flops_per_token(24, merged=True) < model.flops_per_token(24)) == (merged and 'chunks' not in case)
