@@ -380,7 +380,8 @@ def read_log(folder):
 
 def assembly(cfg):
     """What a model is called: K2H4S, chunks 1-4-1."""
-    return f'{cfg.assembly}, ' + (f'{cfg.n_layer} layers' if cfg.vanilla else f'chunks {cfg.chunks}')
+    size = f'{cfg.n_layer} layers' if cfg.vanilla else f'chunks {cfg.chunks}'
+    return f'{cfg.assembly}, {size}'
 
 
 def find_base(runs, own):

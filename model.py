@@ -672,8 +672,8 @@ Merged = namedtuple('Merged', 'qkv_w qkv_b')    # one for each subset of the att
 # R = M K rows, one for each pick, sorted by module. token (R,): sorted row -> the token it is of;
 # inverse (R,): row -> sorted row; sizes: how many rows each module has, and last those of SKIP.
 Sorted = namedtuple('Sorted', 'token inverse sizes')
-# The same where only the device knows the sizes. module (R,): of each sorted row; member (N, R): the
-# same as 0 and 1; ends (N,): where the rows of each module end; idle (R, 1): which rows are SKIP's.
+# The same where only the device knows the sizes. module (R,): of each sorted row; member (N, R):
+# that as 0 and 1; ends (N,): where the rows of each module end; idle (R, 1): which rows are SKIP's.
 SortedOnDevice = namedtuple('SortedOnDevice', 'token inverse module member ends idle')
 Grouped = namedtuple('Grouped', 'stack rows')  # a parameter (N, ...), its SortedOnDevice
 
