@@ -15,6 +15,7 @@ Shapes: B batch, T time, M = B*T tokens, C width, N modules of a pool, E = N (+ 
 of a router, K selected, H steps, R width of a router's state, S subsets of a pool, nh heads,
 hs head size, V vocabulary.
 """
+import functools
 import hashlib
 import itertools
 import math
@@ -661,7 +662,6 @@ def cross_entropy(logits, targets, reduction='mean'):
 # side by side, so that each module is one matrix product over all of its rows. And since Eq. 5 adds
 # q, k and v up without weights, the modules of a subset are merged into one matrix.
 
-FEW = 64           # rows up to which a product takes other ways on a CPU: few_rows
 MOST_SUBSETS = 40  # for which q, k, v are merged: all K of N = 4, K2S of N = 6 (21), of N = 8 (36)
 
 # The modules of a pool, one by one and as a stack for products that take all of them at once.
@@ -846,45 +846,55 @@ def merged_qkv(m, x):  # x (M, C), normalised -> (M, 3C). m: a Merged, LayerNorm
 
 # A few rows, in decoding on a CPU.
 
-Packed = namedtuple('Packed', 'matrix')  # in place of w (in, out) in bf16: in oneDNN's own layout
+# A matrix w (in, out), and a copy in oneDNN's own layout for products with a few rows.
+Packed = namedtuple('Packed', 'w in_blocks')
 
 
 def few_rows(x, w, b=None):
-    """x @ w + b for x (M, in), w (in, out), on a CPU in products over parts of w.
-
-    One row is done when w is read, and several threads can read parts at up to twice the speed of
-    one product. With more rows MKL is slow where w is wide, or stored (out, in), unless its parts
-    are small.
-    """
+    """x @ w + b for x (M, in), and w (in, out) or Packed: as a CPU reads w fastest."""
     if isinstance(w, Packed):
-        return torch.ops.mkldnn._linear_pointwise(x, w.matrix, b, 'none', [], '')
-    if not in_parts(x, w):
-        return x @ w if b is None else torch.addmm(b, x, w)
-    (M, C), D = x.shape, w.size(1)
-    if w.is_contiguous() and M > 1 and D > C and C % 16 == 0:  # parts of the inner, one by one
-        y = x.new_zeros(M, D) if b is None else b.repeat(M, 1)
-        for some, part in zip(x.split(C // 16, dim=1), w.split(C // 16)):
-            y.addmm_(some, part)
-        return y
-    if w.is_contiguous() and M <= 16 and C % 8 == 0:           # parts of the inner, side by side
-        y = torch.bmm(x.view(M, 8, C // 8).transpose(0, 1), w.view(8, C // 8, D)).sum(0)
-    elif w.t().is_contiguous() and M <= 16 and D >= 96:        # stored (out, in): of the outer
-        parts, rest = divmod(D, 96)
-        part = w.t()[:D - rest].view(parts, 96, C).transpose(1, 2)
-        y = torch.bmm(x.expand(parts, M, C), part).transpose(0, 1).reshape(M, D - rest)
-        y = torch.cat((y, x @ w[:, D - rest:]), dim=1) if rest else y
-    else:
-        y = x @ w
-    return y if b is None else y + b
+        if len(x) > 1 or x.dtype == torch.bfloat16:
+            return torch.ops.mkldnn._linear_pointwise(x, w.in_blocks, b, 'none', [], '')
+        w = w.w
+    if in_parts(x, w):
+        y = product_in_parts(x, w)
+        return y if b is None else y + b
+    return x @ w if b is None else torch.addmm(b, x, w)
 
 
 def in_parts(x, w):
-    """Whether few_rows takes more than one product: in fp32 on a CPU, in decoding."""
-    if x.device.type != 'cpu' or not x.dtype == w.dtype == torch.float32:
+    """Whether x (M, in) is one row in decoding on a CPU that is not Intel's.
+
+    MKL reads w with one thread there, or not much faster than with one.
+    """
+    if x.device.type != 'cpu' or not x.dtype == w.dtype == torch.float32 or len(x) != 1:
         return False
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu'):
         return False
-    return 1 < x.size(0) <= FEW or x.size(0) == 1 and torch.get_num_threads() > 1
+    return torch.get_num_threads() > 1 and not is_intel()
+
+
+@functools.cache
+def is_intel():
+    """Whether the CPU is Intel's; False where Linux does not say so."""
+    try:
+        with open('/proc/cpuinfo') as f:
+            return 'GenuineIntel' in f.read()
+    except OSError:
+        return False
+
+
+def product_in_parts(x, w):
+    """x @ w for one row x (1, in), w (in, out): parts of w at once, which several threads read."""
+    C, D = w.shape
+    if w.is_contiguous() and C % 8 == 0:             # eighths of the inner side are added up
+        return torch.bmm(x.view(8, 1, C // 8), w.view(8, C // 8, D)).sum(0)
+    if w.t().is_contiguous() and D >= 96:            # stored (out, in): parts of the outer side
+        parts, rest = divmod(D, 96)
+        part = w.t()[:D - rest].view(parts, 96, C).transpose(1, 2)
+        y = torch.bmm(x.expand(parts, 1, C), part).view(1, D - rest)
+        return torch.cat((y, x @ w[:, D - rest:]), dim=1) if rest else y
+    return x @ w
 
 
 def gru(cell, x, s):
@@ -894,7 +904,7 @@ def gru(cell, x, s):
     graph (github.com/pytorch/pytorch/issues/191153), and in decoding it would read weight_hh for a
     state of 0.
     """
-    first = s is None and len(x) <= FEW and not torch.is_grad_enabled()
+    first = s is None and len(x) <= 64 and not torch.is_grad_enabled()
     if not first and not torch.compiler.is_compiling():
         return cell(x, s)
     if s is None and torch.is_grad_enabled():

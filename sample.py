@@ -38,22 +38,25 @@ settings, given = common.load(globals()) if __name__ == '__main__' else ({}, set
 KEPT = weakref.WeakKeyDictionary()  # model -> (the weights that it had, what was made of them)
 
 
-def prepared(model):
+def prepared(model, several=False):
     """A dict for what decoding makes of a model's weights: the last one's, if none has changed
-    since.
+    since. several: for several rows at a time.
 
-    In it are the modules of each chunk, merged by subset under MoM, and the head. In fp32 they are
-    the weights themselves, and only the merged matrices take memory: S * 12 C^2 bytes a routed
-    chunk. In bf16 on a CPU they are a second copy in another layout, as large as the model. It goes
-    with the model, with the next call in training mode, or by `forget(model)`. A change through
-    `.data` is not seen.
+    In it are the modules of each chunk, merged by subset under MoM, and the head. On a CPU there is
+    a second copy of them in another layout, as large as the model, in bf16 and for several rows;
+    for one row in fp32 they are the weights themselves, and only the merged matrices take memory:
+    S * 12 C^2 bytes a routed chunk. It goes with the model, with the next call in training mode, or
+    by `forget(model)`. A change through `.data` is not seen.
     """
     # The tensors are held, so that no new weight can come to lie where an old one was.
     weights = [(p.detach(), object() if p.is_inference() else p._version)
                for p in model.parameters()]
     now = [(p.data_ptr(), p.dtype, version) for p, version in weights]
-    if model not in KEPT or KEPT[model][0] != now:
-        KEPT[model] = now, weights, {}
+    if model in KEPT:
+        before, _, ready = KEPT[model]
+        if before == now and (ready['several'] or not several):
+            return ready
+    KEPT[model] = now, weights, {'several': several}
     return KEPT[model][2]
 
 
@@ -62,16 +65,26 @@ def forget(model):
     KEPT.pop(model, None)
 
 
-def laid_out(w):
-    """A matrix (in, out) as a CPU multiplies a few rows by it fastest: fp32 as it is, bf16
-    packed."""
-    if w.device.type != 'cpu' or w.dtype != torch.bfloat16 or w.ndim != 2:
+def laid_out(w, several):
+    """A matrix (in, out) as a CPU multiplies one row by it fastest, or several."""
+    bf16 = w.dtype == torch.bfloat16
+    if w.device.type != 'cpu' or w.ndim != 2 or not (bf16 or w.dtype == torch.float32 and several):
         return w
     turned = w.t().contiguous()  # (out, in)
-    # Read as it is stored, one row of bf16 takes longer to arrange than to multiply.
-    if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return Packed(torch.ops.mkldnn._reorder_linear_weight(turned, 1))
-    return turned.t()
+    if has_packing(w.dtype):
+        # oneDNN's layout depends on how many rows it expects; that for 16 is good for 2 to 64.
+        return Packed(w, torch.ops.mkldnn._reorder_linear_weight(turned, 16 if several else 1))
+    # As it is stored, a row of bf16 takes longer to arrange than to multiply.
+    return turned.t() if bf16 else w
+
+
+def has_packing(dtype):
+    """Whether torch has oneDNN's packed products, which torch.compile takes, too, for this CPU."""
+    ops = torch.ops.mkldnn
+    return (torch.backends.mkldnn.is_available()
+            and torch.backends.cpu.get_cpu_capability().startswith('AVX')
+            and hasattr(ops, '_reorder_linear_weight') and hasattr(ops, '_linear_pointwise')
+            and (dtype == torch.float32 or ops._is_mkldnn_bf16_supported()))
 
 
 class Cache:
@@ -155,13 +168,14 @@ class Cache:
         """Chunk.pools, once for all tokens, in the layout for decoding."""
         if first_step not in self.ready:
             pools = chunk.pools(x, keep=True)
-            pools = type(pools)(*(modules and lay_out(modules) for modules in pools))
+            several = self.ready.get('several', False)
+            pools = type(pools)(*(modules and lay_out(modules, several) for modules in pools))
             self.ready[first_step] = pools
         return self.ready[first_step]
 
 
-def lay_out(modules):  # Modules
-    return modules._replace(each=[type(m)(*map(laid_out, m)) for m in modules.each])
+def lay_out(modules, several):  # Modules
+    return modules._replace(each=[type(m)(*(laid_out(p, several) for p in m)) for m in modules.each])
 
 
 class Decoder:
@@ -170,12 +184,12 @@ class Decoder:
     The rows are in an order of their own: `row` (B,) says which of the caller's each one is.
     """
 
-    def __init__(self, model, idx, lengths, size, vocab, fill):
+    def __init__(self, model, idx, lengths, size, vocab, fill, several):
         """idx (B, T): prompts, of `lengths` (B,) if they differ; size: most tokens of a row; vocab:
-        how many ids there are; fill: what stands behind a row's end."""
+        how many ids there are; fill: what stands behind a row's end; several: of rows, or beams."""
         B, T = idx.shape
         block, device = model.cfg.block_size, idx.device
-        self.model, self.vocab, ready = model, vocab, prepared(model)
+        self.model, self.vocab, ready = model, vocab, prepared(model, several)
         self.apart = lengths is not None  # rows have positions of their own
         self.row = torch.arange(B, device=device)
         self.ends = torch.full((B,), T, device=device)
@@ -185,7 +199,7 @@ class Decoder:
         written = torch.arange(T, device=device) < self.ends.unsqueeze(1)
         self.text[:, :T] = torch.where(written, idx[self.row], self.text[:, :T])
         if 'head' not in ready:
-            ready['head'] = laid_out(model.wte.weight.detach().t())  # (C, V)
+            ready['head'] = laid_out(model.wte.weight.detach().t(), several)  # (C, V)
         self.head = ready['head']
         self.cache = Cache(model.cfg, B, device, model.wte.weight.dtype, min(size, block), ready)
         if T > block:
@@ -313,7 +327,8 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
     model.eval()  # MoD must not look at the future
     try:
         size, fill = idx.size(1) + max_new_tokens, 0 if stop is None else stop
-        decoder = Decoder(model, idx, lengths, size, vocab, fill)
+        several = len(idx) * beams > 1
+        decoder = Decoder(model, idx, lengths, size, vocab, fill, several)
         if beams > 1:
             return beam_search(decoder, max_new_tokens, beams, stop)
         out, longest = torch.full_like(decoder.text, fill), int(decoder.ends.max())

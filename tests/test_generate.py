@@ -7,7 +7,7 @@ import torch
 
 import sample
 from model import GPT, few_rows
-from sample import Cache, alike, draw, draw_likely, forget, generate, prepared
+from sample import Cache, alike, draw, draw_likely, forget, generate, laid_out, prepared
 from tests.test_model import hugging_face, stir, tiny
 from tests.test_phi import SYSTEMS, build
 
@@ -207,21 +207,35 @@ def test_a_generation_that_raises_leaves_the_model_in_its_mode(monkeypatch):
 
 
 @pytest.mark.parametrize('threads', [1, 2])
-@pytest.mark.parametrize('rows', [1, 2, 5, 16, 17, 64, 65])
+@pytest.mark.parametrize('rows', [1, 2, 17, 65])
 @pytest.mark.parametrize('shape', [(32, 48), (48, 32), (24, 203), (16, 192), (7, 100)])
-def test_products_over_parts(rows, shape, threads):
+@pytest.mark.parametrize('intel', [False, True])
+def test_products_of_few_rows(intel, shape, rows, threads, monkeypatch):
+    """In every layout they are the product, as whole, in parts or packed."""
+    monkeypatch.setattr('model.is_intel', lambda: intel)
     x, w, b = torch.randn(rows, shape[0]), torch.randn(shape), torch.randn(shape[1])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
         with torch.no_grad():
-            for stored in (w, w.t().contiguous().t()):
+            for stored in (w, w.t().contiguous().t(), laid_out(w, True), laid_out(w, False)):
                 assert torch.allclose(few_rows(x, stored), x @ w, atol=1e-4)
                 assert torch.allclose(few_rows(x, stored, b), x @ w + b, atol=1e-4)
             with torch.autocast('cpu', torch.bfloat16):
                 assert torch.allclose(few_rows(x, w, b).float(), x @ w + b, atol=0.5)
     finally:
         torch.set_num_threads(before)
+
+
+def test_one_row_and_several_share_what_is_kept():
+    """A copy for several rows serves one row, too; that for one is replaced when several come."""
+    idx, model = torch.randint(0, 50, (3, 5)), stir(GPT(tiny())).eval()
+    one = model.generate(idx[:1], 6, temperature=0)
+    assert not prepared(model)['several']
+    three = model.generate(idx, 6, temperature=0)
+    assert prepared(model)['several'] and torch.equal(three[:1], one)
+    kept = prepared(model)
+    assert torch.equal(model.generate(idx[:1], 6, temperature=0), one) and prepared(model) is kept
 
 
 def change(model):
