@@ -43,6 +43,7 @@ import json
 import os
 import platform
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
@@ -644,16 +645,39 @@ def write_gpt2(cfgs, folder, loaded=None):
     return folder
 
 
+CT2 = '''
+import json, sys, ctranslate2
+generator = ctranslate2.Generator(**json.loads(input()))
+print('true', flush=True)
+for line in sys.stdin:
+    results = generator.generate_batch(**json.loads(line))
+    print(json.dumps([result.sequences_ids[0] for result in results]), flush=True)
+'''
+
+
 def build_ct2(source, wanted):
-    """CTranslate2's GPT-2 of the folder `source`, in fp32 if it has not the wanted type."""
+    """CTranslate2's GPT-2 of the folder `source`, in fp32 if it has not the wanted type -> a process.
+
+    In one process with torch it costs torch 30% of its speed: the threads of both are more than the
+    cores, so OpenMP lets them sleep where one's own would wait for each other.
+    """
     ctranslate2 = import_peer('ctranslate2', 'ctranslate2')
     where = 'cuda' if on_cuda else 'cpu'
     kind = wanted if wanted in ctranslate2.get_supported_compute_types(where) else 'float32'
     converter = ctranslate2.converters.TransformersConverter(source)
+    process = subprocess.Popen([sys.executable, '-c', CT2], stdin=subprocess.PIPE,
+                               stdout=subprocess.PIPE, text=True)
     with tempfile.TemporaryDirectory() as folder:
         converter.convert(folder, force=True)
-        return ctranslate2.Generator(folder, where, compute_type=kind,
-                                     intra_threads=torch.get_num_threads())
+        ask(process, model_path=folder, device=where, compute_type=kind,
+            intra_threads=torch.get_num_threads())
+    return process
+
+
+def ask(process, **what):
+    """What a process that runs CT2 answers: lists of new tokens, once its model is loaded."""
+    print(json.dumps(what), file=process.stdin, flush=True)
+    return json.loads(process.stdout.readline())
 
 
 def bytes_of_weight(name):
@@ -688,12 +712,12 @@ def one_pass(model, name, x, y, training):
 
 def write(model, name, x, n, lengths=None):
     """n new tokens after the rows of x (B, T), padded on the right if of different lengths (B,) ->
-    (B, T + n), rows of transformers padded on the left; but for CTranslate2's own results."""
+    (B, T + n), rows of transformers padded on the left; of CTranslate2 lists of the new ones."""
     ends = x.new_full(x.shape[:1], x.size(1)) if lengths is None else lengths
     if name.startswith('ct2'):
         texts = [[str(i) for i in row[:end]] for row, end in zip(x.tolist(), ends.tolist())]
-        return model.generate_batch(texts, max_length=n, min_length=n, beam_size=beams,
-                                    include_prompt_in_result=False)
+        return ask(model, start_tokens=texts, max_length=n, min_length=n, beam_size=beams,
+                   include_prompt_in_result=False)
     if name == 'hf':
         T = x.size(1)
         at = torch.arange(T, device=x.device) - (T - ends).unsqueeze(1)  # (B, T): below 0, padding
@@ -708,7 +732,7 @@ def write(model, name, x, n, lengths=None):
 def new_tokens(text, name, x, n, lengths=None):
     """The new tokens of each row (B, n) in what `write` gave."""
     if name.startswith('ct2'):
-        new = torch.tensor([result.sequences_ids[0] for result in text], device=x.device)
+        new = torch.tensor(text, device=x.device)
     elif name == 'hf' or lengths is None:
         new = text[:, x.size(1):]
     else:
