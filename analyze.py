@@ -140,7 +140,7 @@ def texts_and_kinds(tokenizer, idx, before):
     return texts, np.array(kinds)
 
 
-# ----------------------------------------------------------------------------- routes, real and other
+# ----------------------------------------------------------------------------- routes
 
 @torch.no_grad()
 def run(model, idx, device, batch, decide=None, name=''):
@@ -252,8 +252,8 @@ def information(a, b, rng):
 
 def traffic(masks, N):
     """Bit masks of consecutive steps, each (M,) -> (N + 1, N + 1): of all that tokens do from one
-    step to the next, the share that goes from module i to j (row N and column N: SKIP). Of k modules
-    at a step, each counts 1/k. The sum is 1, or 0 if there is one step."""
+    step to the next, the share that goes from module i to j (row N and column N: SKIP). Of k
+    modules at a step, each counts 1/k. The sum is 1, or 0 if there is one step."""
     bits = [(m[:, None] >> np.arange(N + 1) & 1).astype(float) for m in masks]  # (M, N + 1)
     bits = [b / b.sum(1, keepdims=True) for b in bits]
     flow = sum((a.T @ b for a, b in zip(bits, bits[1:])), np.zeros((N + 1, N + 1)))
@@ -369,7 +369,7 @@ def read_run(folder):
 
 
 def read_log(folder):
-    """log.csv of a run -> the rows of its steps, and those of its validations. Raises ValueError."""
+    """log.csv of a run -> rows of its steps, and of its validations. Raises ValueError."""
     path = os.path.join(folder, 'log.csv')
     if not os.path.isfile(path):
         raise ValueError(f'{folder} has no log.csv: name directories of runs, --curves=out/a,out/b')
@@ -391,8 +391,8 @@ def find_base(runs, own):
 
 
 def read_runs(names, folder):
-    """The runs in the setting `curves`, and the one in `folder`, if it has steps -> runs, its own or
-    None."""
+    """The runs in the setting `curves`, and the one in `folder`, if it has steps -> runs, its own
+    or None."""
     folders = [name.strip() for name in names.split(',') if name.strip()]
     here = os.path.realpath(folder)
     is_run = os.path.isfile(os.path.join(folder, 'log.csv'))
@@ -447,9 +447,10 @@ def main():
     said = report.conclusion(own, base)
     written = sample(model, tokenizer, idx[0].tolist(), where)
 
-    print(f'{numbers["tokens"]:,} tokens. Loss {loss["as_it_is"]:.4f}; with routes shuffled between '
-          f'all tokens {loss["shuffled"]:.4f}, between equal ones {loss["shuffled_equal"]:.4f}; with '
-          f'every decision frozen to its commonest choice {loss["frozen"]:.4f}')
+    print(f'{numbers["tokens"]:,} tokens. Loss {loss["as_it_is"]:.4f}; with routes shuffled '
+          f'between all tokens {loss["shuffled"]:.4f}, between equal ones '
+          f'{loss["shuffled_equal"]:.4f}; with every decision frozen to its commonest choice '
+          f'{loss["frozen"]:.4f}')
     taken = [f'{report.NAMES[kind]} {k:.3f}' for kind, k in numbers['k_eff'].items()]
     print('Modules per token and step: ' + ', '.join(taken))
     if cfg.phi == 'mom':

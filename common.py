@@ -330,8 +330,8 @@ def open_utf8(path):
                 raise ValueError(f'{path} is {encoding.upper()}, not UTF-8: {fix}')
             yield f
     except UnicodeDecodeError as error:
-        raise ValueError(f'{path} is not UTF-8 ({error.reason}): save it as UTF-8; if it is latin1, '
-                         + _convert(path, 'latin1')) from error
+        raise ValueError(f'{path} is not UTF-8 ({error.reason}): save it as UTF-8; if it is '
+                         'latin1, ' + _convert(path, 'latin1')) from error
     except OSError as error:
         told = error.strerror or ' '.join(str(error).split())
         raise ValueError(f'{path} cannot be read ({told}): give a text file that can, or fetch it '
@@ -361,7 +361,8 @@ def _convert(path, encoding):
 def run_name(source):
     """What to call a run by: mom_demo for out/mom_demo, and for a checkpoint in it,
     out/mom_demo/last.pt; of the folder of a seed, out/xsum_gpt2/seed1, xsum_gpt2_seed1."""
-    above, name = os.path.split(os.path.abspath(os.path.dirname(source) if source.endswith('.pt') else source))
+    folder = os.path.dirname(source) if source.endswith('.pt') else source
+    above, name = os.path.split(os.path.abspath(folder))
     return f'{os.path.basename(above)}_{name}' if re.fullmatch(r'seed\d+', name) else name
 
 
@@ -431,7 +432,7 @@ def find_dtype(dtype, device, else_='float32'):
 # Dense 16-bit FLOP/s with sums in fp32, in 10^12: bf16, and fp16 of V100 and T4.
 PEAKS = {
     'A10': 125, 'A100': 312, 'A40': 149.7,            # NVIDIA's data sheets of these cards
-    'A10G': 70, 'L4': 121, 'L40S': 362,               # likewise; half of L4's and L40S's with sparsity
+    'A10G': 70, 'L4': 121, 'L40S': 362,               # likewise; half of L4's, L40S's sparse one
     'H100': 989, 'H100 PCIe': 756, 'H100 NVL': 835,   # H100 data sheet, half of that with sparsity
     'H200': 989, 'H200 NVL': 835, 'GH200': 990,       # H200 and GH200 data sheets, likewise
     'B200': 2250, 'GB200': 2500,                      # HGX B200, GB200 NVL72 data sheets, likewise
@@ -527,7 +528,7 @@ def agree(**facts):
             if other[name] != first[name]:
                 raise ValueError(
                     f'process {rank} on {host} has another {name} than process 0 on {first_host}: '
-                    'give all machines the same command, and the same files (a disk that they share)')
+                    'give all machines the same command, and the same files (a shared disk)')
 
 
 def leave_processes():

@@ -47,7 +47,7 @@ def windows(ids, block, stride):
     """Cut a text for a window that moves by `stride` -> [(piece, n)]: its last n tokens count.
 
     ids: one token that stands before the text, and the text. Each of its tokens counts once. A
-    piece has block + 1 tokens, or all of a short text, for of `block` tokens each predicts the next.
+    piece has block + 1 tokens, or all of a short text, as each of `block` tokens predicts the next.
     """
     ends = [*range(min(block, len(ids) - 1), len(ids) - 1, stride), len(ids) - 1]
     return [(ids[max(0, end - block):end + 1], end - before)
@@ -155,8 +155,8 @@ def continue_texts(model, tokenizer, prompts, wanted):
     """
     block, new = model.cfg.block_size, wanted.get('max_gen_toks', 256)
     if new >= block:
-        raise ValueError(f'a task wants {new} new tokens, and block_size={block} leaves no room for '
-                         'a prompt: set max_gen_toks in a task file of your own (--tasks_dir)')
+        raise ValueError(f'a task wants {new} new tokens, and block_size={block} leaves no room '
+                         'for a prompt: set max_gen_toks in a task file of your own (--tasks_dir)')
     ids = [tokenizer.encode_ordinary(prompt)[new - block:] for prompt in prompts]
     ids = [one or [tokenizer.eot_token] for one in ids]
     lengths = [len(one) for one in ids]
@@ -242,7 +242,8 @@ def main():
         counts = ', '.join(f'{found[kind]:,} {kind}' for kind in ('tokens', 'words', 'bytes'))
         print(f'{text}: {counts}, a window of {block} tokens that moves by {step}')
         print(f'perplexity {found["token_perplexity"]:.4f} per token, '
-              f'{found["word_perplexity"]:.4f} per word; {found["bits_per_byte"]:.4f} bits per byte')
+              f'{found["word_perplexity"]:.4f} per word; '
+              f'{found["bits_per_byte"]:.4f} bits per byte')
         save({'text': text, 'stride': step, 'block_size': block, **found, 'config': info},
              folder, 'perplexity')
     if tasks:

@@ -138,8 +138,9 @@ def check_settings(settings, **least):
     for key, value in least.items():
         if not settings[key] >= value:  # so that nan is refused too
             raise ValueError(f'{key}={settings[key]} must be at least {value}')
-    if settings['dtype'] not in ('auto', 'bfloat16', 'float32'):  # fp16 wants losses that are scaled
-        raise ValueError(f"dtype={settings['dtype']!r} must be one of 'auto', 'bfloat16', 'float32'")
+    dtype = settings['dtype']
+    if dtype not in ('auto', 'bfloat16', 'float32'):  # fp16 wants losses that are scaled
+        raise ValueError(f"dtype={dtype!r} must be one of 'auto', 'bfloat16', 'float32'")
     if not 0 <= settings['warmup'] < 1:
         raise ValueError(f'warmup={settings["warmup"]} is a share of the steps: 0 <= warmup < 1')
 

@@ -274,8 +274,9 @@ METRICS = {
     'F1': partial(metrics.f1_score, task='binary'),
     'Matthews': partial(metrics.matthews_corrcoef, task='binary'),
     'Pearson': metrics.pearson_corrcoef, 'Spearman': metrics.spearman_corrcoef}
-TOGETHER = {'accuracy': ['accuracy'], 'F1': ['accuracy', 'F1'], 'Matthews': ['accuracy', 'Matthews'],
-            'correlation': ['Pearson', 'Spearman']}
+TOGETHER = {
+    'accuracy': ['accuracy'], 'F1': ['accuracy', 'F1'], 'Matthews': ['accuracy', 'Matthews'],
+    'correlation': ['Pearson', 'Spearman']}
 
 
 def scores(metric, predicted, labels):
@@ -320,8 +321,8 @@ def fine_tune(model, head, ids, labels, steps, size, seed, pad_id, bf16, desc, p
     """Train model and head in place, for `steps` batches of `size` examples; the last batch of an
     epoch is what is left. Returns the mean loss of the last tenth of the steps.
 
-    part: a file that keeps the state after each epoch. If it is of the settings `want`, training goes
-    on from it, as if there had been no stop. Raises ValueError when the loss is not finite.
+    part: a file that keeps the state after each epoch. If it is of the settings `want`, training
+    goes on from it, as if there had been no stop. Raises ValueError when the loss is not finite.
     """
     params = [*model.parameters(), *head.parameters()]
     groups = model.param_groups(weight_decay)
@@ -415,7 +416,8 @@ def markdown(results, n_seeds, title, how=''):
               'Spearman for STS-B. The baseline predicts the most frequent label of the training '
               'examples, for STS-B their mean.', '', how, '']
     for r in results:
-        line = f'- {r["task"]}, seed {r["seed"]}: {r["steps"]} steps of {r["settings"]["batch_size"]}'
+        size = r['settings']['batch_size']
+        line = f'- {r["task"]}, seed {r["seed"]}: {r["steps"]} steps of {size}'
         for split, s in r['splits'].items():
             line += f'; {split}: {s["examples"]:,} from {s["source"]}, '
             line += finetune.cut_note(s['truncated'], s['examples'])
@@ -561,7 +563,8 @@ def main():
     if world > 1:
         on = common.join_processes(on)
     finetune.say(f'{source}: chunks {base.cfg.chunks}, {base.num_params()[0]:,} parameters, '
-               f'tokenizer {tokenizer.name!r}; {on} x {world}, {precision}; at most {tokens} tokens')
+                 f'tokenizer {tokenizer.name!r}; {on} x {world}, {precision}; '
+                 f'at most {tokens} tokens')
     for want in todo:
         run_task(want, base, tokenizer, data[want['task']], folder, on)
 

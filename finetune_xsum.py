@@ -117,7 +117,8 @@ T = min(length, model.cfg.block_size)
 prompt_room = T - len(sep) - max_new_tokens  # tokens of an article, where a summary is generated
 if prompt_room < 1:
     raise ValueError(f'{T} tokens leave no room for an article beside the separator, {len(sep)}, '
-                     f'and a summary of max_new_tokens={max_new_tokens}: take fewer --max_new_tokens')
+                     f'and a summary of max_new_tokens={max_new_tokens}: '
+                     'take fewer --max_new_tokens')
 common.results_folder(out_dir)
 # What is printed and saved is what was resolved.
 settings.update(device=device, dtype=dtype, out_dir=out_dir, length=T)
@@ -125,8 +126,8 @@ settings.update(device=device, dtype=dtype, out_dir=out_dir, length=T)
 # ----------------------------------------------------------------------------- data
 
 # One pair: of its text what is shown (lead is the first sentence); the prompt of a generation; the
-# ids of the whole (article, separator, summary, end), of which those from `first` on are the summary;
-# and whether the article lost a part in them, and in the prompt.
+# ids of the whole (article, separator, summary, end), of which those from `first` on are the
+# summary; and whether the article lost a part in them, and in the prompt.
 Example = namedtuple('Example', 'id document lead reference prompt ids first cut prompt_cut')
 
 
@@ -277,7 +278,7 @@ def losses_of(examples):
 
     Each counts by its summary tokens, so the terms of all ranks sum to the mean, however they are
     cut. Rows are padded on the right with <|endoftext|>, which no token sees. But MoD in training
-    chooses among all positions of a row, the padding too: there all rows are as long as the longest.
+    chooses among all positions of a row, padding too: there all rows are as long as the longest.
     """
     total = sum(len(e.ids) - e.first for e in examples)
     longest = max(len(e.ids) for e in examples)
@@ -491,8 +492,8 @@ if is_main:
 ''' + '- with stemming as well after pip install nltk\n' * ('yes' not in STEMMING)
     write('results.md', report)
     for row in rows[:show]:
-        finetune.say(f'\n{row["id"]}: {row["document"][:80]!r}...\n  reference: {row["reference"]}\n'
-                   f'  generated: {row["generated"]}')
+        finetune.say(f'\n{row["id"]}: {row["document"][:80]!r}...\n'
+                     f'  reference: {row["reference"]}\n  generated: {row["generated"]}')
     finetune.say(f'\n{report}\n{out_dir}: results.md, results.json, and of each seed '
                f'{"last.pt, log.csv and " * bool(epochs)}summaries.jsonl')
 if world > 1:

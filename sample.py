@@ -175,7 +175,8 @@ class Cache:
 
 
 def lay_out(modules, several):  # Modules
-    return modules._replace(each=[type(m)(*(laid_out(p, several) for p in m)) for m in modules.each])
+    each = [type(m)(*(laid_out(p, several) for p in m)) for m in modules.each]
+    return modules._replace(each=each)
 
 
 class Decoder:
@@ -361,15 +362,15 @@ def check(cfg, idx, max_new_tokens, temperature, top_k, top_p, beams, lengths, v
     if (B < 1 or T < 1 or max_new_tokens < 1 or not 0 <= temperature < math.inf or beams < 1
             or top_k is not None and top_k < 1 or top_p is not None and not 0 < top_p <= 1
             or vocab is not None and not 1 <= vocab <= cfg.vocab_size):
-        raise ValueError(f'temperature={temperature} must be a number >= 0, top_k={top_k} >= 1 or None, '
-                         f'top_p={top_p} above 0 and at most 1 or None, beams={beams} and '
-                         f'max_new_tokens={max_new_tokens} >= 1, vocab={vocab} from 1 to {cfg.vocab_size} '
-                         'or None, and idx not empty')
+        raise ValueError(f'temperature={temperature} must be a number >= 0, top_k={top_k} >= 1 or '
+                         f'None, top_p={top_p} above 0 and at most 1 or None, beams={beams} and '
+                         f'max_new_tokens={max_new_tokens} >= 1, vocab={vocab} from 1 to '
+                         f'{cfg.vocab_size} or None, and idx not empty')
     if lengths is not None:
         lengths = torch.as_tensor(lengths, device=idx.device)
         if lengths.shape != (B,) or not (1 <= lengths.min() and lengths.max() <= T):
-            raise ValueError(f'lengths={lengths.tolist()} must give each of the {B} rows a length of '
-                             f'1 to {T}')
+            raise ValueError(f'lengths={lengths.tolist()} must give each of the {B} rows a length '
+                             f'of 1 to {T}')
     if T + max_new_tokens > cfg.block_size and (lengths is not None or beams > 1):
         raise ValueError(f'{T} + {max_new_tokens} tokens do not fit block_size={cfg.block_size}: '
                          'shorten the prompts, or take fewer new tokens')
@@ -394,7 +395,7 @@ def beam_search(decoder, max_new_tokens, beams, stop):
     since = 0 if decoder.model.cfg.phi == 'mod' else int(start.min())
     decoder.select(torch.arange(B, device=device).repeat_interleave(beams))
     running = torch.full((B, beams), -math.inf, device=device)       # sums of log-probabilities
-    running[:, 0] = 0                                                # all begin equal: let one speak
+    running[:, 0] = 0                                                # all are equal: one speaks
     finished = torch.full((B, beams), -math.inf, device=device)      # means of log-probabilities
     kept = decoder.text.view(B, beams, -1).clone()                   # the texts that they are of
     likeliest = torch.arange(2 * beams, device=device) < beams
@@ -402,14 +403,14 @@ def beam_search(decoder, max_new_tokens, beams, stop):
         row = torch.arange(len(start), device=device).unsqueeze(1)   # (B, 1), of those that go on
         logp = decoder.logits.log_softmax(-1).view(len(row), beams, -1)
         V = logp.size(-1)
-        top, flat = (running.unsqueeze(-1) + logp).flatten(1).topk(2 * beams)  # enough, if half end here
+        top, flat = (running.unsqueeze(-1) + logp).flatten(1).topk(2 * beams)  # half may end here
         beam, token = flat // V, flat % V                            # (B, 2 beams)
         texts = decoder.text.view(len(row), beams, -1)[row, beam]    # (B, 2 beams, size)
         here = (start + n - 1).view(-1, 1, 1).expand(-1, 2 * beams, 1)
         texts.scatter_(2, here, token.unsqueeze(-1))
         over = torch.zeros_like(token, dtype=torch.bool) if stop is None else token == stop
         if n == max_new_tokens:
-            over = over | likeliest                                  # out of room: finished as it is
+            over = over | likeliest                                  # out of room: it is finished
         means = (top / n).masked_fill(~(over & likeliest), -math.inf)
         finished, chosen = torch.cat((finished, means), 1).topk(beams)
         kept = torch.cat((kept, texts), 1)[row, chosen]
@@ -451,7 +452,8 @@ def main():
     for n in range(samples):
         new = model.generate(idx, max_new_tokens, temperature, top_k or None,
                              top_p=top_p if top_p < 1 else None, beams=beams,
-                             stop=end if stop else None, vocab=tokenizer.n_vocab)[0, len(ids):].tolist()
+                             stop=end if stop else None, vocab=tokenizer.n_vocab)
+        new = new[0, len(ids):].tolist()
         if stop and end in new:
             new = new[:new.index(end)]
         print(text + tokenizer.decode(new))

@@ -259,11 +259,12 @@ def lr_at(step, s=settings):
 
 @torch.no_grad()
 def evaluate():
-    """Validation -> mean loss in nats per token; modules per token and step, attention, feed-forward.
+    """Validation -> mean loss in nats per token; modules per token and step, of attention, of
+    feed-forward.
 
     The sequences are evenly spread over val.bin and never drawn at random: no evaluation changes a
-    training step. The loss is the mean over all of their tokens, however many the processes. None if
-    a signal interrupts it: it may take longer than the sender waits, and is done after resuming.
+    training step. The loss is the mean over all of their tokens, however many the processes. None
+    if a signal interrupts it: it may take longer than the sender waits, and is done after resuming.
     """
     picked = dict.fromkeys('AF', 0)  # modules, SKIP is none
     asked = dict.fromkeys('AF', 0)   # tokens that they were picked for
@@ -423,8 +424,9 @@ if fsdp:
     mine = sum(p.to_local().numel() for p in raw.parameters())
     say(f'sharded: {mine:,} parameters per process')
 if resumed and 0 < step < max_steps and lr_at(step, before) != lr_at(step):
-    say(f'the learning rate jumps: {lr_at(step - 1, before):.2e} at step {step}, {lr_at(step):.2e} at '
-        f'step {step + 1}, since max_steps or another setting of its curve is not as before')
+    say(f'the learning rate jumps: {lr_at(step - 1, before):.2e} at step {step}, '
+        f'{lr_at(step):.2e} at step {step + 1}, since max_steps or another setting of its curve '
+        'is not as before')
 
 # ----------------------------------------------------------------------------- training
 
