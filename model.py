@@ -15,7 +15,6 @@ Shapes: B batch, T time, M = B*T tokens, C width, N modules of a pool, E = N (+ 
 of a router, K selected, H steps, R width of a router's state, S subsets of a pool, nh heads,
 hs head size, V vocabulary.
 """
-import functools
 import hashlib
 import itertools
 import math
@@ -122,7 +121,9 @@ def linear(x, w, b):
     """x w + b, for x (M, in) and w (in, out)."""
     if isinstance(w, Grouped):
         return grouped_linear(x, w, b)
-    return few_rows(x, w, b)  # torch.addmm(b, x, w), but for a few rows in decoding on a CPU
+    if not isinstance(w, torch.Tensor):
+        return w(x, b)  # in decoding on a CPU: see Matrix in sample.py
+    return torch.addmm(b, x, w)
 
 
 # What modules do to the tokens x (M, C). m: one module.
@@ -844,59 +845,6 @@ def merged_qkv(m, x):  # x (M, C), normalised -> (M, 3C). m: a Merged, LayerNorm
     return linear(x, m.qkv_w, m.qkv_b)
 
 
-# A few rows, in decoding on a CPU.
-
-# A matrix w (in, out), and a copy in oneDNN's own layout for products with a few rows.
-Packed = namedtuple('Packed', 'w in_blocks')
-
-
-def few_rows(x, w, b=None):
-    """x @ w + b for x (M, in), and w (in, out) or Packed: as a CPU reads w fastest."""
-    if isinstance(w, Packed):
-        if len(x) > 1 or x.dtype == torch.bfloat16:
-            return torch.ops.mkldnn._linear_pointwise(x, w.in_blocks, b, 'none', [], '')
-        w = w.w
-    if in_parts(x, w):
-        y = product_in_parts(x, w)
-        return y if b is None else y + b
-    return x @ w if b is None else torch.addmm(b, x, w)
-
-
-def in_parts(x, w):
-    """Whether x (M, in) is one row in decoding on a CPU that is not Intel's.
-
-    MKL reads w with one thread there, or not much faster than with one.
-    """
-    if x.device.type != 'cpu' or not x.dtype == w.dtype == torch.float32 or len(x) != 1:
-        return False
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled('cpu'):
-        return False
-    return torch.get_num_threads() > 1 and not is_intel()
-
-
-@functools.cache
-def is_intel():
-    """Whether the CPU is Intel's; False where Linux does not say so."""
-    try:
-        with open('/proc/cpuinfo') as f:
-            return 'GenuineIntel' in f.read()
-    except OSError:
-        return False
-
-
-def product_in_parts(x, w):
-    """x @ w for one row x (1, in), w (in, out): parts of w at once, which several threads read."""
-    C, D = w.shape
-    if w.is_contiguous() and C % 8 == 0:             # eighths of the inner side are added up
-        return torch.bmm(x.view(8, 1, C // 8), w.view(8, C // 8, D)).sum(0)
-    if w.t().is_contiguous() and D >= 96:            # stored (out, in): parts of the outer side
-        parts, rest = divmod(D, 96)
-        part = w.t()[:D - rest].view(parts, 96, C).transpose(1, 2)
-        y = torch.bmm(x.expand(parts, 1, C), part).view(1, D - rest)
-        return torch.cat((y, x @ w[:, D - rest:]), dim=1) if rest else y
-    return x @ w
-
-
 def gru(cell, x, s):
     """torch.nn.GRUCell for inputs x (M, C), states s (M, R) or None for 0 -> next states (M, R).
 
@@ -909,8 +857,8 @@ def gru(cell, x, s):
         return cell(x, s)
     if s is None and torch.is_grad_enabled():
         s = x.new_zeros(1, cell.hidden_size)  # one row: so weight_hh has a gradient, of zeros
-    i = few_rows(x, cell.weight_ih.t(), cell.bias_ih)
-    h = cell.bias_hh if s is None else few_rows(s, cell.weight_hh.t(), cell.bias_hh)
+    i = F.linear(x, cell.weight_ih, cell.bias_ih)
+    h = cell.bias_hh if s is None else F.linear(s, cell.weight_hh, cell.bias_hh)
     i_reset, i_update, i_new = i.chunk(3, dim=-1)
     h_reset, h_update, h_new = h.chunk(3, dim=-1)
     new = torch.tanh(i_new + torch.sigmoid(i_reset + h_reset) * h_new)

@@ -8,6 +8,7 @@ GPT.generate is the door to `generate` below. Shapes: B rows, T tokens, C width,
 heads, hs head size.
 """
 import copy
+import functools
 import math
 import weakref
 
@@ -15,7 +16,6 @@ import torch
 
 import common
 import inputs
-from model import Packed, few_rows
 
 # --- what
 source = 'out/mom_demo'       # a run or its checkpoint, a GPT-2 name, a Hugging Face directory
@@ -65,17 +65,30 @@ def forget(model):
     KEPT.pop(model, None)
 
 
-def laid_out(w, several):
-    """A matrix (in, out) as a CPU multiplies one row by it fastest, or several."""
-    bf16 = w.dtype == torch.bfloat16
-    if w.device.type != 'cpu' or w.ndim != 2 or not (bf16 or w.dtype == torch.float32 and several):
-        return w
-    turned = w.t().contiguous()  # (out, in)
-    if has_packing(w.dtype):
-        # oneDNN's layout depends on how many rows it expects; that for 16 is good for 2 to 64.
-        return Packed(w, torch.ops.mkldnn._reorder_linear_weight(turned, 16 if several else 1))
-    # As it is stored, a row of bf16 takes longer to arrange than to multiply.
-    return turned.t() if bf16 else w
+class Matrix:
+    """w (in, out), as a CPU multiplies a few rows by it fastest."""
+
+    def __init__(self, w, several):
+        """several: rows at a time will be more than one."""
+        self.w, self.packed = w, None
+        bf16 = w.dtype == torch.bfloat16
+        if (bf16 or several) and has_packing(w.dtype):
+            # oneDNN's layout depends on how many rows it expects; that for 16 is good for 2 to 64.
+            turned = w.t().contiguous()  # (out, in)
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(turned, 16 if several else 1)
+        elif bf16:  # as it is stored, a row takes longer to arrange than to multiply
+            self.w = w.t().contiguous().t()
+
+    def __call__(self, x, b=None):
+        """x @ w + b for x (M, in) -> (M, out)."""
+        w, one_row = self.w, len(x) == 1
+        as_it_is = x.dtype == w.dtype and not torch.is_autocast_enabled('cpu')
+        if as_it_is and self.packed is not None and not (one_row and w.dtype == torch.float32):
+            return torch.ops.mkldnn._linear_pointwise(x, self.packed, b, 'none', [], '')
+        if as_it_is and one_row and torch.get_num_threads() > 1 and not is_intel():
+            y = in_parts(x, w)
+            return y if b is None else y + b
+        return x @ w if b is None else torch.addmm(b, x, w)
 
 
 def has_packing(dtype):
@@ -85,6 +98,38 @@ def has_packing(dtype):
             and torch.backends.cpu.get_cpu_capability().startswith('AVX')
             and hasattr(ops, '_reorder_linear_weight') and hasattr(ops, '_linear_pointwise')
             and (dtype == torch.float32 or ops._is_mkldnn_bf16_supported()))
+
+
+@functools.cache
+def is_intel():
+    """Whether the CPU is Intel's; False where Linux does not say so."""
+    try:
+        with open('/proc/cpuinfo') as f:
+            return 'GenuineIntel' in f.read()
+    except OSError:
+        return False
+
+
+def in_parts(x, w):
+    """x @ w for one row x (1, in), w (in, out), by parts of w that several threads read.
+
+    On CPUs that are not Intel's MKL reads w with one thread, or not much faster than with one.
+    """
+    C, D = w.shape
+    if w.is_contiguous() and C % 8 == 0:   # eighths of the inner side are added up
+        return torch.bmm(x.view(8, 1, C // 8), w.view(8, C // 8, D)).sum(0)
+    if w.t().is_contiguous() and D >= 96:  # stored (out, in): parts of the outer side
+        parts, rest = divmod(D, 96)
+        part = w.t()[:D - rest].view(parts, 96, C).transpose(1, 2)
+        y = torch.bmm(x.expand(parts, 1, C), part).view(1, D - rest)
+        return torch.cat((y, x @ w[:, D - rest:]), dim=1) if rest else y
+    return x @ w
+
+
+def laid_out(w, several):
+    """A parameter as decoding takes it: a matrix on a CPU as a Matrix."""
+    for_cpu = w.device.type == 'cpu' and w.dtype in (torch.float32, torch.bfloat16)
+    return Matrix(w, several) if for_cpu and w.ndim == 2 else w
 
 
 class Cache:
@@ -222,7 +267,8 @@ class Decoder:
         self.score(torch.cat(last))
 
     def score(self, x):  # the last token's features (B, C)
-        logits = few_rows(x, self.head)[:, :self.vocab]
+        logits = self.head(x) if isinstance(self.head, Matrix) else x @ self.head
+        logits = logits[:, :self.vocab]
         self.logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def write(self, new):  # one token to the end of each row, new (B,)

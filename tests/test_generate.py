@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import sample
-from model import GPT, few_rows
+from model import GPT
 from sample import Cache, alike, draw, draw_likely, forget, generate, laid_out, prepared
 from tests.test_model import hugging_face, stir, tiny
 from tests.test_phi import SYSTEMS, build
@@ -211,20 +211,31 @@ def test_a_generation_that_raises_leaves_the_model_in_its_mode(monkeypatch):
 @pytest.mark.parametrize('shape', [(32, 48), (48, 32), (24, 203), (16, 192), (7, 100)])
 @pytest.mark.parametrize('intel', [False, True])
 def test_products_of_few_rows(intel, shape, rows, threads, monkeypatch):
-    """In every layout they are the product, as whole, in parts or packed."""
-    monkeypatch.setattr('model.is_intel', lambda: intel)
+    """In every layout they are the product: as it is stored, in parts, packed; under autocast, too."""
+    monkeypatch.setattr('sample.is_intel', lambda: intel)
     x, w, b = torch.randn(rows, shape[0]), torch.randn(shape), torch.randn(shape[1])
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with torch.no_grad():
-            for stored in (w, w.t().contiguous().t(), laid_out(w, True), laid_out(w, False)):
-                assert torch.allclose(few_rows(x, stored), x @ w, atol=1e-4)
-                assert torch.allclose(few_rows(x, stored, b), x @ w + b, atol=1e-4)
-            with torch.autocast('cpu', torch.bfloat16):
-                assert torch.allclose(few_rows(x, w, b).float(), x @ w + b, atol=0.5)
+        for stored in (w, w.t().contiguous().t()):
+            for several in (False, True):
+                matrix = laid_out(stored, several)
+                assert torch.allclose(matrix(x), x @ w, atol=1e-4)
+                assert torch.allclose(matrix(x, b), x @ w + b, atol=1e-4)
+                small = laid_out(stored.bfloat16(), several)
+                assert torch.allclose(small(x.bfloat16(), b.bfloat16()).float(), x @ w + b, atol=0.5)
+                with torch.autocast('cpu', torch.bfloat16):
+                    assert torch.allclose(matrix(x, b).float(), x @ w + b, atol=0.5)
+                    assert torch.allclose(matrix(x.bfloat16(), b).float(), x @ w + b, atol=0.5)
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize('rows', [1, 3])
+def test_text_under_autocast(rows):
+    model, idx = stir(GPT(tiny())).eval(), torch.randint(0, 50, (rows, 5))
+    with torch.autocast('cpu', torch.bfloat16):
+        assert model.generate(idx, 6, temperature=0).shape == (rows, 11)
 
 
 def test_one_row_and_several_share_what_is_kept():
