@@ -81,13 +81,14 @@ class Matrix:
 
     def __call__(self, x, b=None):
         """x @ w + b for x (M, in) -> (M, out)."""
-        w, one_row = self.w, len(x) == 1
-        as_it_is = x.dtype == w.dtype and not torch.is_autocast_enabled('cpu')
-        if as_it_is and self.packed is not None and not (one_row and w.dtype == torch.float32):
-            return torch.ops.mkldnn._linear_pointwise(x, self.packed, b, 'none', [], '')
-        if as_it_is and one_row and torch.get_num_threads() > 1 and not is_intel():
-            y = in_parts(x, w)
-            return y if b is None else y + b
+        w = self.w
+        if x.dtype == w.dtype and not torch.is_autocast_enabled('cpu'):
+            one_row = len(x) == 1 and w.dtype == torch.float32
+            if self.packed is not None and not one_row:
+                return torch.ops.mkldnn._linear_pointwise(x, self.packed, b, 'none', [], '')
+            if one_row and torch.get_num_threads() > 1 and not is_intel():
+                y = in_parts(x, w)
+                return y if b is None else y + b
         return x @ w if b is None else torch.addmm(b, x, w)
 
 
