@@ -23,6 +23,7 @@ import shlex
 import shutil
 import signal
 import sys
+import textwrap
 import traceback
 import types
 from contextlib import contextmanager
@@ -140,6 +141,13 @@ def _typed(key, value, default, where):
         raise ValueError(f'{where}: {key} takes {type(default).__name__} (default {default!r}), '
                          f'not {type(value).__name__} {value!r}')
     return value
+
+
+def changed(settings):
+    """The settings that are not as by default, as lines of words."""
+    pairs = (f'{k}\0=\0{v!r}' for k, v in settings.items() if v != defaults[k])
+    lines = textwrap.fill(', '.join(pairs), 100, break_long_words=False, break_on_hyphens=False)
+    return lines.replace('\0', ' ')  # a line ends between pairs
 
 
 def _help(scope, own, model, fields):

@@ -255,7 +255,7 @@ cut = f'{eval_split} {finetune.cut_note(sum(e.prompt_cut for e in held_out), len
 if epochs:
     cut = f'train {finetune.cut_note(sum(e.cut for e in train), len(train))}; ' + cut
 ids, first = (train or held_out)[0].ids.tolist(), (train or held_out)[0].first
-finetune.say('\n'.join(f'{key} = {value!r}' for key, value in settings.items()))
+finetune.say(common.changed(settings))
 finetune.say(f'''
 {model.num_params()[0]:,} parameters; {device} x {world}, {dtype}
 {len(train):,} pairs to train on, {len(held_out):,} of {eval_split} to summarise

@@ -20,7 +20,6 @@ import os
 import shutil
 import signal
 import sys
-import textwrap
 import time
 import warnings
 from contextlib import nullcontext
@@ -411,9 +410,7 @@ def log(step, **row):
 
 
 n_params, n_router = raw.num_params()
-changed = {k: v for k, v in settings.items() if v != common.defaults[k]}
-pairs = ', '.join(f'{k}\0=\0{v!r}' for k, v in changed.items())  # a line ends between them
-say(textwrap.fill(pairs, 100, break_long_words=False, break_on_hyphens=False).replace('\0', ' '))
+say(common.changed(settings))
 say(f'{n_params:,} parameters, {n_router:,} of them in routers; {cfg.n_layer} layers of modules, '
     f'depth {cfg.depth}')
 say(f'weights at step {step}: SHA-256 {sha256}')
