@@ -377,7 +377,8 @@ if writes:
     kept = []
     if resumed and os.path.exists(log_path):  # steps after the checkpoint are done again
         with open(log_path, newline='', errors='replace') as f:
-            lines = [line for line in f if line.endswith('\n')]  # a kill can leave half of one
+            # A kill can leave half of a line; Python 3.10 reads none with a NUL.
+            lines = [line for line in f if line.endswith('\n') and '\0' not in line]
             rows = [*csv.reader(lines)]
         for row in rows:
             if len(row) == len(COLUMNS) and row[0].isdigit():
