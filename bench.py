@@ -658,8 +658,8 @@ for line in sys.stdin:
 def build_ct2(source, wanted):
     """CTranslate2's GPT-2 of the folder `source`, in fp32 if it has not the wanted type.
 
-    It runs in a process of its own, which is returned. In torch's it makes torch's steps 40% longer:
-    the threads of both are more than the cores, and torch's sleep where they else wait.
+    It runs in a process of its own, which is returned. In torch's it makes torch's steps 40%
+    longer: the threads of both are more than the cores, and torch's sleep where they else wait.
     """
     ctranslate2 = import_peer('ctranslate2', 'ctranslate2')
     where = 'cuda' if on_cuda else 'cpu'
