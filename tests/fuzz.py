@@ -1,13 +1,14 @@
-"""Damage the files that a program reads, at random: each run must refuse them in one sentence, or be unharmed.
+"""Damage the files a program reads, at random: it must refuse them in one sentence, or be unharmed.
 
   python tests/fuzz.py                     1,000 cases of train.py: six minutes on 2 CPU cores
   python tests/fuzz.py --of=prepare        1,000 cases of prepare.py: ten seconds
 
-Data, meta.json, checkpoints (to resume, to begin from) and GPT-2 weights in Hugging Face's format are flipped by a bit,
-cut, blanked, scrambled, emptied, deleted, written in another type, or replaced by a file of the same kind. A run that
-goes through has to print the losses of an undamaged one; or, where a format has no checksum (safetensors), a SHA-256 of
-the weights that differs from the good one, so that the damage can be seen. Of prepare.py, texts are damaged, packed or
-not: it must write the tokens of just what Python's own readers find in the file.
+Data, meta.json, checkpoints (to resume, to begin from) and GPT-2 weights in Hugging Face's format
+are flipped by a bit, cut, blanked, scrambled, emptied, deleted, written in another type, or
+replaced by a file of the same kind. A run that goes through has to print the losses of an undamaged
+one; or, where a format has no checksum (safetensors), a SHA-256 of the weights that differs from
+the good one, so that the damage can be seen. Of prepare.py, texts are damaged, packed or not: it
+must write the tokens of just what Python's own readers find in the file.
 """
 import contextlib
 import gzip
@@ -43,18 +44,19 @@ settings, given = common.load(globals()) if __name__ == '__main__' else ({}, set
 
 
 def train(args, output):
-    """Run train.py -> its exit status; the SHA-256 of weights and the losses that it printed; all that it printed."""
+    """Run train.py -> its exit status, (SHA-256s, losses) as printed, and all that it printed."""
     training = kill.Training(args, 1, output)
     status, text = training.wait(), training.text()
     return status, (re.findall(r'SHA-256 (\w+)', text), re.findall(r'loss ([\d.]+)', text)), text
 
 
 def damage(path, other, rng):
-    """Change the file `path` in one of many ways; other: a file of the same kind. Returns what was done."""
+    """Change the file `path` in one of many ways -> what was done. other: another of its kind."""
     with open(path, 'rb') as f:
         data = bytearray(f.read())
-    at, how = rng.randrange(len(data)), rng.choice(['bit', 'bit', 'bit', 'bits', 'cut', 'zeros', 'noise', 'more',
-                                                    'empty', 'gone', 'type', 'swap'])
+    at = rng.randrange(len(data))
+    how = rng.choice(['bit', 'bit', 'bit', 'bits', 'cut', 'zeros', 'noise', 'more', 'empty', 'gone',
+                      'type', 'swap'])
     if how == 'gone':
         os.unlink(path)
         return how
@@ -82,7 +84,7 @@ def damage(path, other, rng):
 
 
 def retype(path, rng):
-    """The same content in another type: ids of 4 bytes, weights as whole numbers, texts for numbers."""
+    """The same content in another type: ids of 4 bytes, weights as integers, numbers as text."""
     if path.endswith('.bin'):
         with open(path, 'rb') as f:
             data = f.read()
@@ -117,11 +119,13 @@ def retype(path, rng):
     if path.endswith('.safetensors'):
         weights = safetensors.torch.load_file(path)
         name = rng.choice(list(weights))
-        weights[name] = rng.choice([weights[name].long(), weights[name].cfloat(), weights[name][:1].clone()])
+        one = weights[name]
+        weights[name] = rng.choice([one.long(), one.cfloat(), one[:1].clone()])
         safetensors.torch.save_file(weights, path)
         return f' {name}'
     content = torch.load(path, weights_only=True)
-    key = rng.choice(['model', 'optimizer', 'step', 'model_config', 'meta', 'settings', 'rng', 'one weight', 'moment'])
+    key = rng.choice(['model', 'optimizer', 'step', 'model_config', 'meta', 'settings', 'rng',
+                      'one weight', 'moment'])
     if key == 'one weight':
         name = rng.choice(list(content['model']))
         content['model'][name] = content['model'][name].long()
@@ -134,39 +138,41 @@ def retype(path, rng):
 
 
 def files_of_training(folder):
-    """Two of each kind of file, and what undamaged runs print -> [(name, path, other path, arguments)], facts."""
+    """Two of each kind of file -> [(name, path, other path, arguments)]."""
     data, other_data, run, other_run, hf, other_hf = (os.path.join(folder, name) for name in (
         'data', 'other_data', 'run', 'other_run', 'hf', 'other_hf'))
     kill.write_data(data, 30_000)
     kill.write_data(other_data, 32_000)
     for where, width in ((hf, 32), (other_hf, 48)):
-        transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=width, n_layer=4, n_head=4, n_positions=64,
-                                     vocab_size=257, bos_token_id=0, eos_token_id=0)).save_pretrained(where)
-    base = ['--batch_size=4', '--eval_tokens=400', '--eval_every=2', '--max_steps=4', '--device=cpu', '--block_size=32']
+        config = transformers.GPT2Config(n_embd=width, n_layer=4, n_head=4, n_positions=64,
+                                         vocab_size=257, bos_token_id=0, eos_token_id=0)
+        transformers.GPT2LMHeadModel(config).save_pretrained(where)
+    base = ['--batch_size=4', '--eval_tokens=400', '--eval_every=2', '--max_steps=4',
+            '--device=cpu', '--block_size=32']
     shape = ['--chunks=1-2-1', '--K=2', '--H=2', '--router_dim=8']
     for where, width in ((run, 32), (other_run, 48)):  # stopped after 4 of 6 steps, as it were
-        args = [*base, *shape, f'--n_embd={width}', '--n_head=4', f'--data_dir={data}', f'--out_dir={where}']
+        args = [*base, *shape, f'--n_embd={width}', '--n_head=4', f'--data_dir={data}',
+                f'--out_dir={where}']
         status, _, text = train(args, where + '.output')
         if status:
             raise RuntimeError(text)
     of_hf = [*base, *shape, f'--data_dir={data}', f'--init_from={hf}']
     resume = ['--init_from=resume', '--max_steps=6']
-    last, other = os.path.join(run, 'last.pt'), os.path.join(other_run, 'last.pt')
-    kinds = [('train.bin', os.path.join(data, 'train.bin'), os.path.join(other_data, 'train.bin'), of_hf),
-             ('val.bin', os.path.join(data, 'val.bin'), os.path.join(data, 'train.bin'), of_hf),
-             ('meta.json', os.path.join(data, 'meta.json'), os.path.join(other_data, 'meta.json'), of_hf),
-             ('checkpoint, resumed', last, other, resume),
-             ('checkpoint, resumed', last, os.path.join(hf, 'model.safetensors'), resume),
-             ('checkpoint, begun from', os.path.join(run, 'best.pt'), last,
-              [*base, f'--data_dir={data}', f'--init_from={run}']),
-             ('weights', os.path.join(hf, 'model.safetensors'), os.path.join(other_hf, 'model.safetensors'), of_hf),
-             ('config.json', os.path.join(hf, 'config.json'), os.path.join(other_hf, 'config.json'), of_hf),
-             ('log.csv', os.path.join(run, 'log.csv'), os.path.join(data, 'meta.json'), resume)]
+    of_run = [*base, f'--data_dir={data}', f'--init_from={run}']
+    kinds = [('train.bin', f'{data}/train.bin', f'{other_data}/train.bin', of_hf),
+             ('val.bin', f'{data}/val.bin', f'{data}/train.bin', of_hf),
+             ('meta.json', f'{data}/meta.json', f'{other_data}/meta.json', of_hf),
+             ('checkpoint, resumed', f'{run}/last.pt', f'{other_run}/last.pt', resume),
+             ('checkpoint, resumed', f'{run}/last.pt', f'{hf}/model.safetensors', resume),
+             ('checkpoint, begun from', f'{run}/best.pt', f'{run}/last.pt', of_run),
+             ('weights', f'{hf}/model.safetensors', f'{other_hf}/model.safetensors', of_hf),
+             ('config.json', f'{hf}/config.json', f'{other_hf}/config.json', of_hf),
+             ('log.csv', f'{run}/log.csv', f'{data}/meta.json', resume)]
     return kinds
 
 
 def fuzz(cases, seed):
-    """Run that many cases -> (Counter of how they ended, list of descriptions of those that went wrong)."""
+    """Run that many cases -> (Counter of how they ended, descriptions of those that went wrong)."""
     rng, ends, wrong = random.Random(seed), Counter(), []
     with tempfile.TemporaryDirectory() as folder:
         kinds, good = files_of_training(folder), {}
@@ -180,7 +186,8 @@ def fuzz(cases, seed):
             args = [arg.replace(where, files) for arg in args]
             args.append(f'--out_dir={files if resumed else os.path.join(folder, "out")}')
             args.append('--overwrite=True')
-            how = '' if case < 0 else damage(os.path.join(files, os.path.basename(path)), other, rng)
+            victim = os.path.join(files, os.path.basename(path))
+            how = '' if case < 0 else damage(victim, other, rng)
             status, facts, text = train(args, os.path.join(folder, 'output'))
             if case < 0:
                 if status or not all(facts):
@@ -199,8 +206,8 @@ def fuzz(cases, seed):
 
 # ----------------------------------------------------------------------------- prepare.py
 
-WORDS = ['Wörter ', '日本 ', 'a', "it's ", '\n', '\r\n', ' ' * 30, '😀', '\x00', '\ufeff', '<|endoftext|>',
-         '{"text": "', '"}\n']
+WORDS = ['Wörter ', '日本 ', 'a', "it's ", '\n', '\r\n', ' ' * 30, '😀', '\x00', '\ufeff',
+         '<|endoftext|>', '{"text": "', '"}\n']
 TEXTS = 'a.txt', 'a.txt.gz', 'a.txt.zst', 'a.jsonl', 'a.jsonl.gz', 'a.jsonl.zst', 'a.parquet'
 
 
@@ -208,7 +215,8 @@ def write_texts(path, texts, rng):
     """Some texts in a file of that ending, a .txt in one of several encodings."""
     if path.endswith('.parquet'):
         return pq.write_table(pa.table({'text': texts}), path)
-    encoding = rng.choice(['utf-8', 'utf-8', 'utf-8-sig', 'utf-16', 'utf-16le', 'utf-16be', 'latin1'])
+    encoding = rng.choice(['utf-8', 'utf-8', 'utf-8-sig', 'utf-16', 'utf-16le', 'utf-16be',
+                           'latin1'])
     data = ''.join(texts).encode(encoding, errors='ignore')
     if '.jsonl' in path:
         ascii_only = rng.random() < 0.5
@@ -235,7 +243,8 @@ def texts_in(path):
             data = f.read()
     if '.txt' in path:
         return [data.decode('utf-8-sig')]
-    return [json.loads(line.decode('utf-8-sig'))['text'] for line in data.split(b'\n') if line.strip()]
+    lines = [line.decode('utf-8-sig') for line in data.split(b'\n') if line.strip()]
+    return [json.loads(line)['text'] for line in lines]
 
 
 def fuzz_prepare(cases, seed):
@@ -247,14 +256,16 @@ def fuzz_prepare(cases, seed):
             name, out = rng.choice(TEXTS), os.path.join(folder, 'out')
             path, other = os.path.join(folder, name), os.path.join(folder, 'other')
             for where in (path, other + name):
-                write_texts(where, [''.join(rng.choices(WORDS, k=rng.randrange(1, 60))) for _ in range(3)], rng)
+                texts = [''.join(rng.choices(WORDS, k=rng.randrange(1, 60))) for _ in range(3)]
+                write_texts(where, texts, rng)
             how = rng.choice(['', damage])
             how = how and how(path, other + name, rng)
             prepare.dataset, prepare.out_dir = path, out
             shutil.rmtree(out, ignore_errors=True)
             common._locks.clear()
             try:
-                with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+                stderr, stdout = io.StringIO(), io.StringIO()
+                with contextlib.redirect_stderr(stderr), contextlib.redirect_stdout(stdout):
                     prepare.main()
             except ValueError as error:
                 left = set(os.listdir(out) if os.path.isdir(out) else ()) - {'.lock'}
@@ -265,8 +276,10 @@ def fuzz_prepare(cases, seed):
             except Exception as error:
                 wrong.append(f'case {case}: {name}, {how}: {error!r}')
                 continue
-            ids = np.concatenate([np.fromfile(os.path.join(out, f'{split}.bin'), '<u2') for split in ('train', 'val')])
-            want = [tokenizer.encode_ordinary(text) + [tokenizer.eot_token] for text in texts_in(path) if text]
+            bins = [os.path.join(out, f'{split}.bin') for split in ('train', 'val')]
+            ids = np.concatenate([np.fromfile(file, '<u2') for file in bins])
+            want = [tokenizer.encode_ordinary(text) + [tokenizer.eot_token]
+                    for text in texts_in(path) if text]
             if Counter(ids.tolist()) != Counter(sum(want, [])):
                 wrong.append(f'case {case}: {name}, {how}: other tokens')
             ends[f'{name}: unharmed'] += 1
@@ -277,5 +290,6 @@ if __name__ == '__main__':
     if of not in ('train', 'prepare'):
         raise ValueError(f"of={of!r} must be 'train' or 'prepare'")
     ends, wrong = (fuzz if of == 'train' else fuzz_prepare)(cases, seed)
-    print('\n'.join([*(f'{n:5} {end}' for end, n in sorted(ends.items())), *wrong, f'{len(wrong)} of {cases} wrong']))
+    table = [f'{n:5} {end}' for end, n in sorted(ends.items())]
+    print('\n'.join([*table, *wrong, f'{len(wrong)} of {cases} wrong']))
     sys.exit(bool(wrong))

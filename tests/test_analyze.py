@@ -1,4 +1,4 @@
-"""analyze.py: numbers against plain counting, exchanged routes against the dense loops, the page against a parser."""
+"""analyze.py: numbers against counting, exchanged routes against dense loops, pages that parse."""
 import json
 import math
 import os
@@ -32,7 +32,7 @@ def sequences(n=5, T=12, vocab=50):
     return np.random.default_rng(0).integers(0, vocab, (n, T + 1))
 
 
-# ----------------------------------------------------------------------------- running with other routes
+# ------------------------------------------------------------------------ running with other routes
 
 @pytest.mark.parametrize('system', ROUTED)
 def test_a_run_with_its_own_routes_changes_nothing(system):
@@ -62,7 +62,8 @@ def test_exchanged_routes_are_those_of_the_dense_loops():
         loss, _ = analyze.run(model, idx, 'cpu', 1, decide)
         params, total = dense_params(model), 0.0
         for b in range(2):
-            x = torch.stack([params['wte'][i] + params['wpe'][t] for t, i in enumerate(idx[b, :-1])])
+            x = torch.stack([params['wte'][i] + params['wpe'][t]
+                             for t, i in enumerate(idx[b, :-1])])
             for c, chunk in enumerate(params['chunks']):
                 for h in range(model.chunks[c].H):
                     routes = []
@@ -76,7 +77,8 @@ def test_exchanged_routes_are_those_of_the_dense_loops():
                     x = x + dense.attention_step(x, chunk['attn'], routes[0], 2)
                     x = x + dense.ffn_step(x, chunk['ffn'], routes[1])
             logits = dense.layer_norm(x, params['ln_f_w'], params['ln_f_b']) @ params['wte'].T
-            total += torch.nn.functional.cross_entropy(logits, torch.from_numpy(idx[b, 1:]), reduction='sum').item()
+            targets = torch.from_numpy(idx[b, 1:])
+            total += torch.nn.functional.cross_entropy(logits, targets, reduction='sum').item()
         assert loss == pytest.approx(total / 14, rel=1e-6)
 
 
@@ -96,19 +98,24 @@ def test_entropy_and_information():
     assert analyze.entropy(np.arange(8)) == 3 and analyze.entropy(np.zeros(5, int)) == 0
     assert abs(analyze.information(a, b, rng)) < 0.005
     assert analyze.information(a, a // 2, rng) == pytest.approx(analyze.entropy(a // 2))
-    words = np.minimum(rng.zipf(1.3, 4000), 3000)  # many are seen once: half of the plug-in estimate is chance
-    assert analyze.information(words, words % 500, rng) == pytest.approx(analyze.entropy(words % 500))
+    # Many are seen once: half of the plug-in estimate is chance.
+    words = np.minimum(rng.zipf(1.3, 4000), 3000)
+    some = words % 500
+    assert analyze.information(words, some, rng) == pytest.approx(analyze.entropy(some))
     assert analyze.information(words, b, rng) == pytest.approx(0, abs=0.02)
     assert analyze.information(a, np.zeros(4000, int), rng) == 0
     few, many = rng.integers(0, 50, 500), rng.integers(0, 50, 500)
     plain = analyze.entropy(few) + analyze.entropy(many) - analyze.entropy(few, many)
-    assert plain > 2 and abs(analyze.information(few, many, rng)) < 0.1  # what the correction is for
+    assert plain > 2  # what the correction is for
+    assert abs(analyze.information(few, many, rng)) < 0.1
 
 
 def test_transitions_by_counting():
     rng = np.random.default_rng(1)
-    steps = [[set(rng.choice(4, rng.integers(1, 3), replace=False).tolist()) for _ in range(50)] for _ in range(3)]
-    got = analyze.transitions([np.array([sum(1 << i for i in s) for s in step]) for step in steps], 3)
+    steps = [[set(rng.choice(4, rng.integers(1, 3), replace=False).tolist()) for _ in range(50)]
+             for _ in range(3)]
+    masks = [np.array([sum(1 << i for i in s) for s in step]) for step in steps]
+    got = analyze.transitions(masks, 3)
     flow = np.zeros((4, 4))
     for one, two in zip(steps, steps[1:]):
         for a, b in zip(one, two):
@@ -116,7 +123,8 @@ def test_transitions_by_counting():
                 for j in b:
                     flow[i, j] += 1 / len(a) / len(b)
     assert np.allclose(got, flow / flow.sum(1, keepdims=True))
-    assert np.allclose(analyze.transitions([np.array([1, 1]), np.array([2, 4])], 2), [[0, 0.5, 0.5], [0] * 3, [0] * 3])
+    got = analyze.transitions([np.array([1, 1]), np.array([2, 4])], 2)
+    assert np.allclose(got, [[0, 0.5, 0.5], [0] * 3, [0] * 3])
 
 
 def test_the_numbers_of_a_model_by_counting():
@@ -129,18 +137,21 @@ def test_the_numbers_of_a_model_by_counting():
     for one in out['chunks']:
         key = one['chunk'], one['kind']
         picked = [[set(ids) for ids in decisions[(*key, h)].ids.tolist()] for h in range(3)]
-        routes = Counter(', '.join('+'.join('S' if i == 4 else str(i + 1) for i in sorted(step[t])) for step in picked)
-                         for t in range(120))
+        written = [['+'.join('S' if i == 4 else str(i + 1) for i in sorted(s)) for s in step]
+                   for step in picked]
+        routes = Counter(', '.join(steps) for steps in zip(*written))
         assert out['tokens'] == 120 and one['distinct_routes'] == len(routes)
         assert one['off_the_commonest'] == pytest.approx(1 - max(routes.values()) / 120)
         for route in one['routes']:
             assert route['share'] == pytest.approx(routes[route['route']] / 120)
-        assert [r['share'] for r in one['routes']] == sorted((n / 120 for n in routes.values()), reverse=True)[:10]
+        shares = sorted((n / 120 for n in routes.values()), reverse=True)
+        assert [r['share'] for r in one['routes']] == shares[:10]
         number, names = named[key]
         assert Counter(names[i] for i in number) == routes
-        assert one['route_entropy'] == pytest.approx(-sum(n / 120 * math.log2(n / 120) for n in routes.values()))
+        assert one['route_entropy'] == pytest.approx(-sum(p * math.log2(p) for p in shares))
         for i in range(5):
-            assert one['shares'][i] == pytest.approx([np.mean([i in s for s in step]) for step in picked])
+            shares = [np.mean([i in s for s in step]) for step in picked]
+            assert one['shares'][i] == pytest.approx(shares)
             for h in range(3) if i < 4 else ():
                 at_step = decisions[(*key, h)]
                 pairs = zip(at_step.ids.flatten().tolist(), at_step.weights.flatten().tolist())
@@ -150,8 +161,10 @@ def test_the_numbers_of_a_model_by_counting():
         assert one['skip_by_step'] == pytest.approx(skip.mean(1)) == one['shares'][4]
         for k, name in enumerate(analyze.KINDS):
             assert one['skip_by_kind'][name] == pytest.approx(skip[:, kinds == k].mean())
-        assert one['skip_by_position'][0] == pytest.approx(skip.reshape(3, 6, 20)[:, :, :3].mean())  # 20 in 8 parts
-        assert one['modules_per_token'] == pytest.approx(np.mean([[len(s - {4}) for s in step] for step in picked]))
+        first = skip.reshape(3, 6, 20)[:, :, :3]  # of 8 parts of 20 positions
+        assert one['skip_by_position'][0] == pytest.approx(first.mean())
+        per_token = np.mean([[len(s - {4}) for s in step] for step in picked])
+        assert one['modules_per_token'] == pytest.approx(per_token)
         total[key[1]] = one['modules_per_token']
     assert out['k_eff'] == pytest.approx(total)
     assert len(set(out['loss'].values())) == 4
@@ -160,23 +173,30 @@ def test_the_numbers_of_a_model_by_counting():
 def test_equal_tokens_exchange_their_routes(monkeypatch):
     model, idx = build('mom'), sequences(6, 20)
     orders = []
-    monkeypatch.setattr(analyze, 'shuffled', lambda decisions, order: orders.append(order) or analyze.frozen(decisions))
+
+    def shuffled(decisions, order):
+        orders.append(order)
+        return analyze.frozen(decisions)
+
+    monkeypatch.setattr(analyze, 'shuffled', shuffled)
     analyze.analyse(model, idx, np.zeros(120, int), 'cpu', 6, 0)
     token = idx[:, :-1].flatten()
     anyone, equal = orders
     assert sorted(anyone) == sorted(equal) == list(range(120))
-    assert (token[equal] == token).all() and (token[anyone] == token).mean() < 0.2 and (equal != np.arange(120)).any()
+    assert (token[equal] == token).all() and (equal != np.arange(120)).any()
+    assert (token[anyone] == token).mean() < 0.2
 
 
 def test_kinds_of_tokens():
     raw = [b'\n', b'The', b' state', b's', b' ', b'1', b' 24', b',', b'.\n', '–'.encode(), b'\xe2',
            b'<|endoftext|>', b'']
     texts = analyze.token_texts(inputs.tokenizer('bytes'), list('Ü–ba'.encode()))
-    assert [analyze.kind_of(before, b'b') for before in texts] == [1, 2, 1, 1, 1, 2, 2]  # of \xc3, Ü, \xe2, ...
-    got = [analyze.KINDS[analyze.kind_of(before, one)] for before, one in zip([''] + [one.decode(
-        errors='ignore') for one in raw], raw)]
-    assert got == ['space', 'word begins', 'word begins', 'inside a word', 'space', 'digit', 'digit', 'punctuation',
-                   'punctuation', 'other', 'other', 'other', 'other']
+    kinds = [analyze.kind_of(before, b'b') for before in texts]
+    assert kinds == [1, 2, 1, 1, 1, 2, 2]  # of \xc3, Ü, \xe2, ...
+    befores = [''] + [one.decode(errors='ignore') for one in raw]
+    got = [analyze.KINDS[analyze.kind_of(before, one)] for before, one in zip(befores, raw)]
+    assert got == ['space', 'word begins', 'word begins', 'inside a word', 'space', 'digit',
+                   'digit', 'punctuation', 'punctuation', 'other', 'other', 'other', 'other']
 
 
 @pytest.mark.parametrize('size', [7, 16])
@@ -192,7 +212,7 @@ def test_the_first_token_of_a_sequence_follows_what_stands_before_it(size, monke
     everything = analyze.token_texts(inputs.tokenizer('bytes'), list(raw))
     now = 0
     for ids, lead in zip(idx.tolist(), before):
-        # Where the same bytes occur again, so does what is before them: the first occurrence will do.
+        # Where the same bytes occur again, so does what is before them: the first one will do.
         start = raw.index(bytes(lead + ids)) + len(lead)
         for place in range(start, start + size):
             assert texts[now] == everything[place]
@@ -225,7 +245,8 @@ def drawn(monkeypatch):
 
 def test_rows_of_pools_of_several_sizes_do_not_overprint(drawn, tmp_path):
     report.draw_shares(tmp_path, numbers(build('mom', chunks='2-9'))[0])
-    boxes = [[label.get_window_extent() for label in axis.get_yticklabels()] for axis in drawn[0].axes]
+    boxes = [[label.get_window_extent() for label in axis.get_yticklabels()]
+             for axis in drawn[0].axes]
     assert [len(one) for one in boxes] == [3, 3, 10, 10]
     for one in boxes:
         tops = sorted((box.y0, box.y1) for box in one)
@@ -241,7 +262,8 @@ def test_without_skip_nothing_is_drawn_of_it(drawn, tmp_path):
     assert rows == [[f'{kind} {i}' for i in (1, 2, 3, 4)] for kind in ('MHA', 'FFN')]
     assert report.draw_skips(tmp_path, chunks, seen) == '' and len(drawn) == 2
     with_skip, seen = numbers(build('mom'))
-    assert 'SKIP' in report.draw_transitions(tmp_path, with_skip) and report.draw_skips(tmp_path, with_skip, seen)
+    assert 'SKIP' in report.draw_transitions(tmp_path, with_skip)
+    assert report.draw_skips(tmp_path, with_skip, seen)
 
 
 def test_models_of_one_step_are_one_table(drawn, tmp_path):
@@ -275,15 +297,16 @@ def test_the_number_of_tokens_stands_under_their_kind(drawn, tmp_path):
     by_kind = drawn[0].axes[2]  # by step, by kind, by position; MHA beside FFN
     labels = [label.get_text() for label in by_kind.get_xticklabels()]
     assert labels[0] == f'space\n{seen["space"]}' and labels[-1] == 'digit\n2'
-    assert page.count('<svg') == 6 and [axis.get_title()[:3] for axis in drawn[0].axes] == ['MHA', 'FFN'] * 3
+    assert page.count('<svg') == 6
+    assert [axis.get_title()[:3] for axis in drawn[0].axes] == ['MHA', 'FFN'] * 3
 
 
 def a_run(name, vanilla, losses, **same):
     val = [(100 * n, loss) for n, loss in enumerate(losses)]
     train = [(step, losses[0] if step < 5 else losses[1]) for step in range(1, val[-1][0] + 1)]
-    return dict(folder=name, name=name, vanilla=vanilla, assembly=name, parameters=9, steps=val[-1][0], speed=None,
-                mflops=2.0 if vanilla else 3.0, train=train, validation=val, bits=None,
-                same={key: 1 for key in analyze.SAME} | same)
+    return dict(folder=name, name=name, vanilla=vanilla, assembly=name, parameters=9,
+                steps=val[-1][0], speed=None, mflops=2.0 if vanilla else 3.0, train=train,
+                validation=val, bits=None, same={key: 1 for key in analyze.SAME} | same)
 
 
 def test_curves_and_what_they_come_to(drawn, tmp_path):
@@ -295,12 +318,14 @@ def test_curves_and_what_they_come_to(drawn, tmp_path):
     left, right = drawn[0].axes
     top = left.get_ylim()[1]
     values = np.concatenate([line.get_ydata() for line in left.lines])
-    assert top < 9 and np.nanmax(values) <= top and np.isnan(values).any()  # no line comes from above
+    assert top < 9 and np.nanmax(values) <= top  # no line comes from above
+    assert np.isnan(values).any()
     assert left.lines[1].get_ydata()[1:] == pytest.approx([2.5, 2.4])
     assert [*right.lines[-1].get_ydata()] == pytest.approx([0.2, 0.05, -0.1])
     assert len(right.lines) == 3 and right.get_title().startswith('difference from vanilla')
     said = report.conclusion(own, base)
-    assert 'After 200 steps' in said and 'mom is at 2.100 nats per token, 0.100 below vanilla' in said
+    assert 'After 200 steps' in said
+    assert 'mom is at 2.100 nats per token, 0.100 below vanilla' in said
     assert '1.50 times the 2.00' in said and report.conclusion(own, None) == ''
     assert 'bits' not in report.runs_table(runs) and report.draw_curves(tmp_path, [], None) == ''
 
@@ -308,13 +333,16 @@ def test_curves_and_what_they_come_to(drawn, tmp_path):
 def test_the_page_is_in_the_colours_of_its_reader():
     chunks = numbers(build('mom'))[0]
     svg = report.drawing((lambda axis: report.draw_graph(chunks[0], axis), 4, 4))
-    assert 'currentColor' in svg and 'var(--paper)' in svg and report.INK not in svg and 'id="fig' not in svg
-    assert 'w3.org' not in svg and svg.startswith('<svg viewBox=') and svg.rstrip().endswith('</svg>')
+    assert 'currentColor' in svg and 'var(--paper)' in svg and report.INK not in svg
+    assert 'id="fig' not in svg and 'w3.org' not in svg
+    assert svg.startswith('<svg viewBox=') and svg.rstrip().endswith('</svg>')
 
 
 def test_what_repeats_in_a_route_is_said_once():
-    assert report.short('2+3, 2+3, 2+3, 2+3') == '2+3 ×4' and report.short('1, 2, 2, 1') == '1, 2 ×2, 1'
-    assert long('2+3 ×4') == '2+3, 2+3, 2+3, 2+3' and long(report.short('1, S, S, 1')) == '1, S, S, 1'
+    assert report.short('2+3, 2+3, 2+3, 2+3') == '2+3 ×4'
+    assert report.short('1, 2, 2, 1') == '1, 2 ×2, 1'
+    assert long('2+3 ×4') == '2+3, 2+3, 2+3, 2+3'
+    assert long(report.short('1, S, S, 1')) == '1, S, S, 1'
 
 
 def test_the_drawing_of_the_architecture_is_what_its_code_draws():
@@ -323,18 +351,24 @@ def test_the_drawing_of_the_architecture_is_what_its_code_draws():
         assert f.read() == drawing
     texts = ElementTree.fromstring(drawing).iter('{http://www.w3.org/2000/svg}text')
     labels = [''.join(text.itertext()) for text in texts]
-    assert {f'{kind}{i}' for kind in ('MHA', 'FFN') for i in (1, 2, 3, 4)} < {*labels} and labels.count('SKIP') == 2
+    modules = {f'{kind}{i}' for kind in ('MHA', 'FFN') for i in (1, 2, 3, 4)}
+    assert modules < {*labels} and labels.count('SKIP') == 2
 
 
 def test_each_pass_has_a_bar(monkeypatch):
     names = []
-    monkeypatch.setattr(analyze, 'tqdm', lambda batches, name, **how: names.append((name, len(batches))) or batches)
+
+    def tqdm(batches, name, **how):
+        names.append((name, len(batches)))
+        return batches
+
+    monkeypatch.setattr(analyze, 'tqdm', tqdm)
     numbers(build('mom'))
     assert names == [('pass 1 of 4, own routes', 2), ('pass 2 of 4, shuffled', 2),
                      ('pass 3 of 4, shuffled_equal', 2), ('pass 4 of 4, frozen', 2)]
 
 
-# ----------------------------------------------------------------------------- the page, the command
+# ---------------------------------------------------------------------------- the page, the command
 
 class Reader(HTMLParser):
     def __init__(self):
@@ -350,7 +384,8 @@ class Reader(HTMLParser):
         elif tag == 'span' and self.depth:
             self.titles[-1].append(attrs['title'])
         inside = attrs.get('xlink:href', '#').startswith('#')
-        self.linked += [tag] * (tag in ('link', 'img') or 'src' in attrs or 'href' in attrs or not inside)
+        linked = tag in ('link', 'img') or 'src' in attrs or 'href' in attrs or not inside
+        self.linked += [tag] * linked
 
     def handle_endtag(self, tag):
         self.depth = 0 if tag == 'div' else self.depth
@@ -373,8 +408,9 @@ def checkpoint(folder, **kw):
     kill.write_data(folder / 'data', 30_000)
     model = stir(GPT(tiny(**{'vocab_size': 257, 'block_size': 32, **kw})), seed=1)
     (folder / 'run').mkdir()
-    torch.save(dict(model=model.state_dict(), model_config=asdict(model.cfg), meta=dict(tokenizer='bytes'),
-                    settings=dict(data_dir=str(folder / 'data'))), folder / 'run' / 'last.pt')
+    content = dict(model=model.state_dict(), model_config=asdict(model.cfg),
+                   meta=dict(tokenizer='bytes'), settings=dict(data_dir=str(folder / 'data')))
+    torch.save(content, folder / 'run' / 'last.pt')
     (folder / 'run' / 'log.csv').write_text('step,loss,val_loss\n0,,5.5\n' + ''.join(
         f'{n},{5 - n / 50},\n' for n in range(1, 101)) + '100,,3.25\n')
     return f'--source={folder / "run"}'
@@ -387,13 +423,16 @@ def command(folder, *args, fails=False):
 
 
 def test_the_command_draws_and_writes_what_it_says(tmp_path):
-    story = 'He said: "a < b & c > d".\n\n\tÜber 3 œuvres, 日本 – 100%! </div><script>alert(1)</script>\n' * 4
+    story = ('He said: "a < b & c > d".\n\n\tÜber 3 œuvres, 日本 – 100%! </div>'
+             '<script>alert(1)</script>\n') * 4
     (tmp_path / 'story.txt').write_text(story)
     source = checkpoint(tmp_path, K=2, H=3)
-    out = command(tmp_path, source, f'--text={tmp_path / "story.txt"}', f'--curves={tmp_path / "run"}', '--page=200')
+    out = command(tmp_path, source, f'--text={tmp_path / "story.txt"}',
+                  f'--curves={tmp_path / "run"}', '--page=200')
     folder = tmp_path / 'run' / 'routes'
     for name in ('shares', 'transitions', 'skips', 'curves'):
-        assert (folder / f'{name}.png').read_bytes()[:4] == b'\x89PNG' and f'{folder / name}.png' in out
+        assert (folder / f'{name}.png').read_bytes()[:4] == b'\x89PNG'
+        assert f'{folder / name}.png' in out
         json.loads((folder / f'{name}.json').read_text())
     curve = json.loads((folder / 'curves.json').read_text())[str(tmp_path / 'run')]
     assert curve['validation'] == [[0, 5.5], [100, 3.25]] and curve['train'][49] == [50, 4.0]
@@ -406,7 +445,8 @@ def test_the_command_draws_and_writes_what_it_says(tmp_path):
     n = (len(ids) - 1) // 32 * 32  # whole sequences
     whole = bytes(ids[:min(n, 200)])
     assert reader.texts == [whole.decode(errors='ignore')] * 2 and '<' in reader.texts[0]
-    assert reader.linked == [] and 'http' not in page and [len(t) for t in reader.titles] == [200, 200]
+    assert reader.linked == [] and 'http' not in page
+    assert [len(t) for t in reader.titles] == [200, 200]
     assert len(re.sub('<svg.*?</svg>', '', page)) < 100_000 and len(page) < 400_000
     with open(os.path.join(common.ROOT, 'report.html')) as f:  # the one script is the page's own
         assert len(reader.scripts) == 1 and f'<script>{reader.scripts[0]}</script>' in f.read()
@@ -422,7 +462,8 @@ def test_every_listed_route_has_a_colour_of_its_own(tmp_path):
     page = (tmp_path / 'page.html').read_text()
     colours = re.findall(r'--r\d+:([^;} ]+ [^;} ]+ [^;} ]+)', page)
     assert len(colours) == len(set(colours)) == 2 * 25 and '.r24{background:var(--r24)}' in page
-    assert '<h2>a</h2>b' in page and 'empty' not in page and '<title>Routes of a &lt; b</title>' in page
+    assert '<h2>a</h2>b' in page and 'empty' not in page
+    assert '<title>Routes of a &lt; b</title>' in page
 
 
 def test_a_page_without_skip_does_not_speak_of_it(tmp_path):
@@ -432,7 +473,8 @@ def test_a_page_without_skip_does_not_speak_of_it(tmp_path):
     reader = Reader()
     reader.feed(page)
     assert [len(titles) for titles in reader.titles] == [50, 50]
-    assert 'K2H3, chunks 1-4-1' in page and '5.500' in page  # the run itself, though no curves are asked for
+    assert 'K2H3, chunks 1-4-1' in page
+    assert '5.500' in page  # the run itself, though no curves are asked for
 
 
 def test_ctrl_c_is_one_sentence(tmp_path):
@@ -461,7 +503,8 @@ def test_mistakes(tmp_path):
     (tmp_path / 'new').mkdir()
     (tmp_path / 'new' / 'log.csv').write_text('step,loss,val_loss\n0,,5.5\n')
     (tmp_path / 'latin.txt').write_bytes(b'\xe9')
-    for args, message in [([without], 'has no routers'), ([source, '--tokens=0'], 'tokens=0 must be at least 1'),
+    for args, message in [([without], 'has no routers'),
+                          ([source, '--tokens=0'], 'tokens=0 must be at least 1'),
                           ([source, f'--text={tmp_path}/empty.txt'], 'too few to look at'),
                           ([source, f'--text={tmp_path}/latin.txt'], 'is not UTF-8'),
                           ([source, f'--data_dir={tmp_path}'], 'no text at'),
@@ -470,4 +513,5 @@ def test_mistakes(tmp_path):
                           ([source, '--device=gpu'], "device='gpu' must be 'auto'"),
                           ([source, '--seed=-1'], 'seed=-1 must be at least 0')]:
         stderr = command(tmp_path, *args, fails=True)
-        assert message in stderr and stderr.count('\n') == 1 and stderr.startswith('analyze.py: error: '), stderr
+        assert message in stderr, stderr
+        assert stderr.startswith('analyze.py: error: ') and stderr.count('\n') == 1, stderr

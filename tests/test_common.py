@@ -17,12 +17,13 @@ import inputs
 from model import GPT, MoMConfig
 from weights import HUB
 
-SCRIPTS = ['train.py', 'prepare.py', 'sample.py', 'bench.py', 'finetune_glue.py', 'finetune_xsum.py',
-           'evaluate.py', 'weights.py', 'analyze.py', 'reproduce.py', 'gpu.py']
+SCRIPTS = ['train.py', 'prepare.py', 'sample.py', 'bench.py', 'finetune_glue.py',
+           'finetune_xsum.py', 'evaluate.py', 'weights.py', 'analyze.py', 'reproduce.py', 'gpu.py']
 
 
 def load(*argv, **scope):
-    scope = scope or dict(learning_rate=1e-3, max_steps=10, skip=True, chunks='1-1', betas=[0.9, 0.95])
+    scope = scope or dict(learning_rate=1e-3, max_steps=10, skip=True, chunks='1-1',
+                          betas=[0.9, 0.95])
     settings, given = common.load(scope, list(argv))
     assert settings == {k: scope[k] for k in settings}  # the script's names hold them too
     return settings, given
@@ -67,13 +68,15 @@ def test_help_has_the_model_s_defaults_and_comments(tmp_path, capsys):
     assert names == [f.name for f in fields(MoMConfig) if f.name not in ('K', 'vocab_size')]
     assert lines[0].split()[0] == "--chunks='1-1-1-1-1-1-1-1-1-1-1-1'"
     assert ['--n_head=12', 'heads,', 'nh'] in [line.split() for line in lines]
-    assert [line.split()[:3] for line in lines if '--c_share' in line] == [['--c_share=[]', "'share':", 'the']]
+    shared = [line.split()[:3] for line in lines if '--c_share' in line]
+    assert shared == [['--c_share=[]', "'share':", 'the']]
 
 
 def test_two_runs_do_not_share_a_name():
-    assert [common.run_name(source) for source in ('gpt2', 'out/a', 'out/a/', 'out/b/last.pt', 'b/best.pt')] == [
-        'gpt2', 'a', 'a', 'b', 'b']
-    assert common.run_name('out/xsum_gpt2/seed1') == common.run_name('out/xsum_gpt2/seed1/last.pt') == 'xsum_gpt2_seed1'
+    sources = 'gpt2', 'out/a', 'out/a/', 'out/b/last.pt', 'b/best.pt'
+    assert [common.run_name(source) for source in sources] == ['gpt2', 'a', 'a', 'b', 'b']
+    for source in ('out/xsum_gpt2/seed1', 'out/xsum_gpt2/seed1/last.pt'):
+        assert common.run_name(source) == 'xsum_gpt2_seed1'
     assert common.run_name('last.pt') == os.path.basename(os.getcwd())
 
 
@@ -112,10 +115,11 @@ def test_bfloat16_is_taken_where_a_card_has_it(monkeypatch):
 
 
 @pytest.mark.parametrize('card, peak', [
-    ('NVIDIA A100-SXM4-80GB', 312), ('NVIDIA A10', 125), ('NVIDIA A10G', 70), ('NVIDIA H100 PCIe', 756),
-    ('NVIDIA H100 80GB HBM3', 989), ('NVIDIA H200', 989), ('NVIDIA B200', 2250), ('NVIDIA L40S', 362),
-    ('NVIDIA GeForce RTX 3090', 71), ('NVIDIA GeForce RTX 4090', 165.2), ('Tesla T4', 65),
-    ('NVIDIA GeForce RTX 5090', 209.5), ('Tesla V100-SXM2-16GB', 125), ('NVIDIA T400', None),
+    ('NVIDIA A100-SXM4-80GB', 312), ('NVIDIA A10', 125), ('NVIDIA A10G', 70),
+    ('NVIDIA H100 PCIe', 756), ('NVIDIA H100 80GB HBM3', 989), ('NVIDIA H200', 989),
+    ('NVIDIA B200', 2250), ('NVIDIA L40S', 362), ('NVIDIA GeForce RTX 3090', 71),
+    ('NVIDIA GeForce RTX 4090', 165.2), ('Tesla T4', 65), ('NVIDIA GeForce RTX 5090', 209.5),
+    ('Tesla V100-SXM2-16GB', 125), ('NVIDIA T400', None),
     ('NVIDIA GeForce RTX 4090 Laptop GPU', None), ('NVIDIA GeForce RTX 4090 D', None)])
 def test_peaks_of_cards(card, peak, monkeypatch):
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: card)
@@ -133,17 +137,18 @@ def test_peak_memory(monkeypatch):
 
 
 def test_modules_that_windows_lacks_are_not_needed_to_start(tmp_path):
-    code = (f'import sys; sys.path.insert(0, {common.ROOT!r}); sys.modules["resource"] = None; '
-            f'sys.modules["fcntl"] = None; import common; common.lock_folder({str(tmp_path)!r})\n'
+    code = (f'import runpy, sys; sys.path.insert(0, {common.ROOT!r})\n'
+            'sys.modules["resource"] = sys.modules["fcntl"] = None\n'
+            f'import common; common.lock_folder({str(tmp_path)!r})\n'
             'for script in "train", "prepare", "sample", "analyze":\n'
             '    sys.argv = [script, "--help"]\n'
-            '    try: __import__("runpy").run_path(f"{common.ROOT}/{script}.py", run_name="__main__")\n'
+            '    try: runpy.run_path(f"{common.ROOT}/{script}.py", run_name="__main__")\n'
             '    except SystemExit: pass')
     done = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.count('--out_dir') >= 2, done.stderr
 
 
-# ----------------------------------------------------------------------------- how scripts are called
+# --------------------------------------------------------------------------- how scripts are called
 
 SCRIPT = """import sys
 sys.path.insert(0, {root!r})
@@ -165,8 +170,8 @@ def script(tmp_path, rest, *args, hang_up=signal.SIG_DFL, **more):
 
 def test_home_and_a_terminal_that_is_not_utf8(tmp_path):
     env = {**os.environ, 'PYTHONIOENCODING': 'ascii', 'HOME': '/home/me'}
-    done = script(tmp_path, 'print(out_dir, prompt, text)', '--out_dir=~/runs/a', '--prompt=~/bin is',
-                  '--text=na\u00efve', env=env)
+    done = script(tmp_path, 'print(out_dir, prompt, text)', '--out_dir=~/runs/a',
+                  '--prompt=~/bin is', '--text=na\u00efve', env=env)
     assert done.communicate() == ('/home/me/runs/a ~/bin is na\\xefve\n', '')
 
 
@@ -195,8 +200,8 @@ def test_a_folder_takes_one_run_at_a_time(tmp_path):
     first = script(tmp_path, rest, '--out_dir=runs/a', stdin=subprocess.PIPE)
     assert first.stdout.readline() == '1\n'
     _, error = script(tmp_path, rest, '--out_dir=runs/a').communicate()
-    assert error == ('script.py: error: another run is at work in runs/a: let it finish, stop it, or '
-                     'take another --out_dir\n')
+    assert error == ('script.py: error: another run is at work in runs/a: let it finish, stop it, '
+                     'or take another --out_dir\n')
     first.kill()
     first.wait()
     third = script(tmp_path, rest, '--out_dir=runs/a', stdin=subprocess.PIPE)
@@ -215,14 +220,16 @@ def test_results_that_cannot_be_written(tmp_path, monkeypatch):
 
 def test_commands_are_quoted_and_found_from_anywhere(tmp_path, monkeypatch):
     monkeypatch.chdir(common.ROOT)
-    assert common.command('python', 'train.py', '--out_dir=my runs') == "python train.py '--out_dir=my runs'"
+    quoted = common.command('python', 'train.py', '--out_dir=my runs')
+    assert quoted == "python train.py '--out_dir=my runs'"
     monkeypatch.chdir(tmp_path)
     assert common.command('python', 'train.py') == f'python {common.ROOT}/train.py'
     assert common.command('python', 'other.py') == 'python other.py'
 
 
 def test_config_files_of_all_kinds(tmp_path, monkeypatch):
-    (tmp_path / 'a.py').write_bytes('\ufeffimport time\nfrom os.path import join\r\nmax_steps = 7\r\n'.encode())
+    text = '\ufeffimport time\nfrom os.path import join\r\nmax_steps = 7\r\n'
+    (tmp_path / 'a.py').write_bytes(text.encode())
     assert load(str(tmp_path / 'a.py'))[1] == {'max_steps'}
     monkeypatch.chdir(tmp_path)  # not there, but where the scripts are
     assert common.read_file('config/mom_demo.py')['chunks'] == '1-4-1'
@@ -235,9 +242,11 @@ def test_config_files_of_all_kinds(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('argument, message', [
-    ('--max_step=3', "did you mean 'max_steps'"), ('--zzz=3', 'unknown setting'), ('--max_steps=1.5', 'takes int'),
-    ('--max_steps=many', "takes int .* not str 'many'"), ('--skip=1', 'takes bool'), ('--betas=0.9', 'takes list'),
-    ('--learning_rate=True', 'takes float'), ('--skip', '--key=value'), ('max_steps=3', 'neither a config file'),
+    ('--max_step=3', "did you mean 'max_steps'"), ('--zzz=3', 'unknown setting'),
+    ('--max_steps=1.5', 'takes int'), ('--max_steps=many', "takes int .* not str 'many'"),
+    ('--skip=1', 'takes bool'), ('--betas=0.9', 'takes list'),
+    ('--learning_rate=True', 'takes float'), ('--skip', '--key=value'),
+    ('max_steps=3', 'neither a config file'),
     ('config/mom_dema.py', 'did you mean config/mom_demo.py'), ('zzz.py', 'config/ holds')])
 def test_mistakes_name_the_fix(argument, message):
     with pytest.raises(ValueError, match=message):
@@ -246,7 +255,8 @@ def test_mistakes_name_the_fix(argument, message):
 
 def test_an_unknown_key_in_a_file_is_an_error(tmp_path):
     (tmp_path / 'a.py').write_text('learning_rat = 1.0\n')
-    with pytest.raises(ValueError, match="a.py: unknown setting 'learning_rat'; did you mean 'learning_rate'"):
+    message = "a.py: unknown setting 'learning_rat'; did you mean 'learning_rate'"
+    with pytest.raises(ValueError, match=message):
         load(str(tmp_path / 'a.py'))
 
 
@@ -263,31 +273,38 @@ def test_every_config_file_is_one_that_train_takes(path):
     settings, given = common.load(scope, [path], model=MoMConfig, without=('vocab_size',))
     base = {}
     if settings['init_from'] in HUB:  # the width comes with the weights
-        layers, n_embd, n_head = {'gpt2': (12, 768, 12), 'gpt2-medium': (24, 1024, 16), 'gpt2-large': (36, 1280, 20)}[
-            settings['init_from']]
+        sizes = {'gpt2': (12, 768, 12), 'gpt2-medium': (24, 1024, 16), 'gpt2-large': (36, 1280, 20)}
+        layers, n_embd, n_head = sizes[settings['init_from']]
         base = dict(n_embd=n_embd, n_head=n_head)
         assert 'n_embd' not in given
-    cfg = MoMConfig(**{**{f.name: settings[f.name] for f in fields(MoMConfig) if f.name in settings}, **base})
+    values = {f.name: settings[f.name] for f in fields(MoMConfig) if f.name in settings}
+    cfg = MoMConfig(**{**values, **base})
     if base:
         assert cfg.n_layer == layers
     with torch.device('meta'):
         GPT(cfg)
     with open(path) as f:
-        assert f'train.py config/{os.path.basename(path)}' in f.read(), 'a config opens with its launch line'
-    assert settings['out_dir'] == 'out/' + os.path.basename(path)[:-3]
+        text = f.read()
+    name = os.path.basename(path)
+    assert f'train.py config/{name}' in text, 'a config opens with its launch line'
+    assert settings['out_dir'] == 'out/' + name[:-3]
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_help_lists_every_setting_with_its_comment(script):
-    done = subprocess.run([sys.executable, script, '--help'], cwd=common.ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, '--help'], cwd=common.ROOT, capture_output=True,
+                          text=True)
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith('  --')]
-    assert len(lines) >= 2 and all(len(line.split(None, 1)) == 2 and len(line) > 37 for line in lines), done.stdout
+    assert len(lines) >= 2, done.stdout
+    for line in lines:
+        assert len(line.split(None, 1)) == 2 and len(line) > 37, done.stdout
 
 
 @pytest.mark.parametrize('script', SCRIPTS)
 def test_a_mistake_is_one_sentence_without_traceback(script):
-    done = subprocess.run([sys.executable, script, '--nonsense=1'], cwd=common.ROOT, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, script, '--nonsense=1'], cwd=common.ROOT,
+                          capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr.startswith(f'{script}: error: --nonsense=1: unknown setting')
     assert done.stderr.count('\n') == 1
@@ -323,7 +340,7 @@ def test_atomic_write_keeps_the_old_file(tmp_path):
     assert path.read_bytes() == b'new'
 
 
-# ----------------------------------------------------------------------------- data folders, packaging
+# -------------------------------------------------------------------------- data folders, packaging
 
 def test_advice_on_data_names_what_was_meant(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -334,9 +351,9 @@ def test_advice_on_data_names_what_was_meant(tmp_path, monkeypatch):
             ('data/mine', 'gpt2-medium', '--dataset=FILE.txt --tokenizer=gpt2')]:
         with pytest.raises(ValueError) as error:
             inputs.read_data(folder, weights)
-        out = shlex.quote(f'--out_dir={folder}')
+        command = f'python {common.ROOT}/prepare.py {words} ' + shlex.quote(f'--out_dir={folder}')
         assert str(error.value).startswith(
-            f'no data in {folder} (no meta.json): make it with python {common.ROOT}/prepare.py {words} {out}')
+            f'no data in {folder} (no meta.json): make it with {command}')
     torch.save(dict(model={}, model_config={}, meta=dict(tokenizer='bytes')), 'bytes.pt')
     assert '--tokenizer=bytes' in inputs.prepare_command('data/mine', 'bytes.pt')
 
@@ -360,7 +377,8 @@ def test_pyproject_lists_every_file_that_is_imported():
     here = {os.path.basename(path)[:-3] for path in glob.glob(os.path.join(common.ROOT, '*.py'))}
     assert here <= set(project['tool']['setuptools']['py-modules'])
     dynamic = project['tool']['setuptools']['dynamic']
-    for key, file in ('dependencies', 'requirements.txt'), ('optional-dependencies', 'requirements-dev.txt'):
+    files = {'dependencies': 'requirements.txt', 'optional-dependencies': 'requirements-dev.txt'}
+    for key, file in files.items():
         names = dynamic[key]['file'] if key == 'dependencies' else dynamic[key]['dev']['file']
         assert names == [file] and key in project['project']['dynamic']
         with open(os.path.join(common.ROOT, file)) as f:

@@ -1,4 +1,4 @@
-"""Faults: what happens to long runs, done to short ones. tests/kill.py and tests/fuzz.py run longer by hand."""
+"""Faults: what happens to long runs, done to short ones. For longer, by hand: kill.py, fuzz.py."""
 import csv
 import functools
 import os
@@ -22,7 +22,8 @@ import weights
 from tests import fuzz, kill
 from tests.test_train import ENV, SYSTEMS, command
 
-BASE = [*kill.TINY, '--log_every=1', '--eval_every=4', '--max_steps=16', '--batch_size=8', '--micro_batch=2']
+BASE = [*kill.TINY, '--log_every=1', '--eval_every=4', '--max_steps=16', '--batch_size=8',
+        '--micro_batch=2']
 RESUME = ['--init_from=resume']
 
 
@@ -85,18 +86,21 @@ def last(out, file='last.pt'):
 def close(a, b, rel):
     """Two runs with the same batches: weights equal to rounding, losses of the log too."""
     for name, w in last(a)['model'].items():
-        if not name.endswith('qkv_b'):  # a key's bias changes no softmax: its gradient is rounding, enlarged by AdamW
+        # A key's bias changes no softmax: its gradient is rounding, enlarged by AdamW.
+        if not name.endswith('qkv_b'):
             assert torch.allclose(w, last(b)['model'][name], rtol=rel, atol=rel), name
     with open(a / 'log.csv') as f, open(b / 'log.csv') as g:
         for mine, other in zip(csv.DictReader(f), csv.DictReader(g), strict=True):
             for key in ('step', 'loss', 'lr', 'grad_norm', 'val_loss'):
-                assert float(mine[key] or 0) == pytest.approx(float(other[key] or 0), rel=10 * rel), (mine, other)
+                value, want = float(mine[key] or 0), float(other[key] or 0)
+                assert value == pytest.approx(want, rel=10 * rel), (mine, other)
 
 
 # ----------------------------------------------------------------------------- stop, kill, resume
 
 def test_killed_at_any_moment_and_resumed_equals_undisturbed(data, one, tmp_path):
-    args = [*kill.TINY, *kill.MOM, f'--data_dir={data}', f'--init_from={one}', '--eval_every=2', '--max_steps=120']
+    args = [*kill.TINY, *kill.MOM, f'--data_dir={data}', f'--init_from={one}', '--eval_every=2',
+            '--max_steps=120']
     train(tmp_path / 'whole', *args)
     kill.kill_often(args, str(tmp_path / 'killed'), 3, 1, random.Random(2))
     assert kill.differences(tmp_path / 'whole', tmp_path / 'killed') == []
@@ -112,7 +116,8 @@ def test_killed_between_its_two_files(whole, tmp_path):
     for _ in range(2):
         train(tmp_path / 'run', *RESUME)
         assert kill.differences(whole, tmp_path / 'run') == []
-        assert sorted(os.listdir(tmp_path / 'run')) == ['.lock', 'best.pt', 'last.pt', 'log.csv', 'settings.json']
+        assert sorted(os.listdir(tmp_path / 'run')) == [
+            '.lock', 'best.pt', 'last.pt', 'log.csv', 'settings.json']
 
 
 def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(whole, phase_two, tmp_path):
@@ -128,10 +133,13 @@ def test_ctrl_c_finishes_the_step_saves_and_says_how_to_go_on(whole, phase_two, 
 @pytest.mark.parametrize('ranks', [1, 2])
 def test_a_signal_interrupts_an_evaluation(ranks, phase_two, tmp_path):
     """It may take minutes, and torchrun kills what has not ended after half of one."""
-    args = [*phase_two, '--eval_tokens=9000', '--micro_batch=1', '--max_steps=8', f'--fsdp={ranks > 1}']
+    args = [*phase_two, '--eval_tokens=9000', '--micro_batch=1', '--max_steps=8',
+            f'--fsdp={ranks > 1}']
     train(tmp_path / 'whole', *args, ranks=ranks)
-    training = kill.Training([*map(str, args), f'--out_dir={tmp_path / "run"}'], ranks, f'{tmp_path}/output')
-    while '\n4/8 | loss' not in training.text():  # the evaluation after step 4 has begun, and has 281 batches to do
+    words = [*map(str, args), f'--out_dir={tmp_path / "run"}']
+    training = kill.Training(words, ranks, f'{tmp_path}/output')
+    # Until the evaluation after step 4 has begun, which has 281 batches to do.
+    while '\n4/8 | loss' not in training.text():
         assert training.poll() is None, training.text()
     training.kill(signal.SIGTERM)
     assert training.wait() == 0
@@ -142,7 +150,9 @@ def test_a_signal_interrupts_an_evaluation(ranks, phase_two, tmp_path):
 
 @pytest.mark.parametrize('system', ['vanilla', 'mom', *SYSTEMS])
 def test_two_processes_stopped_and_resumed_equal_two_undisturbed(system, data, phase_two, tmp_path):
-    args = [*BASE, f'--data_dir={data}'] if system == 'vanilla' else [*phase_two, *SYSTEMS.get(system, [])]
+    args = [*phase_two, *SYSTEMS.get(system, [])]
+    if system == 'vanilla':
+        args = [*BASE, f'--data_dir={data}']
     train(tmp_path / 'whole', *args, ranks=2)
     _, text = stop_at(3, tmp_path / 'run', *args, ranks=2)
     assert 3 <= last(tmp_path / 'run')['step'] < 16 and '--init_from=resume' in text, text
@@ -155,19 +165,22 @@ def test_the_number_of_processes_can_change(before, after, whole, phase_two, tmp
     status, _ = stop_at(5, tmp_path / 'run', *phase_two, ranks=before)
     assert 5 <= last(tmp_path / 'run')['step'] < 16
     train(tmp_path / 'run', *RESUME, ranks=after)
-    close(whole, tmp_path / 'run', 1e-4)  # the same batches in the same order: another one moves the loss by 1e-2
+    # The same batches in the same order: another one moves the loss by 1e-2.
+    close(whole, tmp_path / 'run', 1e-4)
 
 
 def test_a_process_that_dies_is_started_again_by_torchrun(whole_2, phase_two, tmp_path):
     out, output = tmp_path / 'run', tmp_path / 'output'
+    torchrun = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--max_restarts=1',
+                '--nproc_per_node=2', 'train.py', *map(str, phase_two), f'--out_dir={out}']
     with open(output, 'w') as f:
-        agent = subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--max_restarts=1',
-                                  '--nproc_per_node=2', 'train.py', *map(str, phase_two), f'--out_dir={out}'],
-                                 cwd=common.ROOT, env=ENV, stdout=f, stderr=subprocess.STDOUT)
+        agent = subprocess.Popen(torchrun, cwd=common.ROOT, env=ENV, stdout=f,
+                                 stderr=subprocess.STDOUT)
     while '\n9/16 | loss' not in output.read_text():
         assert agent.poll() is None, output.read_text()
         time.sleep(0.005)
-    workers = subprocess.run(['ps', '-o', 'pid=', '--ppid', str(agent.pid)], capture_output=True, text=True).stdout
+    ps = ['ps', '-o', 'pid=', '--ppid', str(agent.pid)]
+    workers = subprocess.run(ps, capture_output=True, text=True).stdout
     os.kill(int(workers.split()[-1]), signal.SIGKILL)
     assert agent.wait() == 0, output.read_text()
     assert len(re.findall('weights at step', output.read_text())) == 2
@@ -189,15 +202,17 @@ for _ in range(3):
 print('all done')
 common.leave_processes()
 """)
-    done = subprocess.run(command(tmp_path / 'script.py', ranks=2), cwd=common.ROOT, capture_output=True, text=True,
-                          env={**ENV, 'PYTHONPATH': common.ROOT})
+    done = subprocess.run(command(tmp_path / 'script.py', ranks=2), cwd=common.ROOT,
+                          capture_output=True, text=True, env={**ENV, 'PYTHONPATH': common.ROOT})
     assert done.returncode == 0 and done.stdout.count('all done') == 2, done.stderr
 
 
-def test_a_restart_does_not_take_up_the_run_that_was_to_be_overwritten(whole, phase_two, tmp_path, monkeypatch):
+def test_a_restart_does_not_take_up_the_run_that_was_to_be_overwritten(
+        whole, phase_two, tmp_path, monkeypatch):
     out = tmp_path / 'run'
     shutil.copytree(whole, out)
-    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')  # the first start died before it had done anything
+    # The first start died before it had done anything.
+    monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
     monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'another')
     for steps in (4, 8):  # and this one after four steps
         text = train(out, *phase_two, f'--max_steps={steps}', '--overwrite=True', '--seed=9')
@@ -215,13 +230,15 @@ def test_a_folder_that_has_moved_and_a_best_checkpoint_alone(whole, phase_two, t
 
 def test_evaluation_changes_no_step_of_phase_two(whole, phase_two, tmp_path):
     train(tmp_path / 'run', *phase_two, '--eval_every=3', '--eval_tokens=77')
+    mine, other = last(tmp_path / 'run'), last(whole)
     for key in ('model', 'optimizer', 'rng'):
-        assert fuzz.json.dumps(str(last(whole)[key])) == fuzz.json.dumps(str(last(tmp_path / 'run')[key])), key
+        assert fuzz.json.dumps(str(mine[key])) == fuzz.json.dumps(str(other[key])), key
 
 
 def test_a_folder_takes_one_run(one, phase_two, tmp_path):
     args = [*phase_two, '--max_steps=100000', '--eval_every=100000']
-    first = kill.Training([*map(str, args), f'--out_dir={tmp_path / "run"}'], 1, f'{tmp_path}/output')
+    words = [*map(str, args), f'--out_dir={tmp_path / "run"}']
+    first = kill.Training(words, 1, f'{tmp_path}/output')
     while '\n2/100000 | loss' not in first.text():
         assert first.poll() is None, first.text()
     for more in ([*args, '--overwrite=True'], RESUME):
@@ -265,7 +282,10 @@ def test_processes_that_see_different_files_are_refused(what, whole, tmp_path, m
         found = real(self, *args)
         if os.environ['RANK'] == '1':
             key = dict(data='documents', step='step', weights='model')[what]
-            found[key] = {k: w + 1 for k, w in found[key].items()} if what == 'weights' else found[key] + 1
+            if what == 'weights':
+                found[key] = {k: w + 1 for k, w in found[key].items()}
+            else:
+                found[key] += 1
         return found
     module, name = (inputs, 'read_data') if what == 'data' else (weights, 'load_checkpoint')
     real = getattr(module, name)
@@ -275,17 +295,18 @@ def test_processes_that_see_different_files_are_refused(what, whole, tmp_path, m
     assert f'has another {what} than process 0 on' in text and 'Traceback' not in text
 
 
-# ----------------------------------------------------------------------------- full disks, broken files
+# ------------------------------------------------------------------------- full disks, broken files
 
 def test_a_full_disk_leaves_the_previous_checkpoint(whole, phase_two, tmp_path):
-    """A file may grow to 300 kB, too little for a checkpoint: the kernel refuses to write on, as on a full disk."""
+    """A file may grow to 300 kB, less than a checkpoint: the kernel refuses, as on a full disk."""
     out = tmp_path / 'run'
     stop_at(5, out, *phase_two)
     before = (out / 'last.pt').read_bytes()
     assert len(before) > 300_000
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, 300_000))  # noqa: E731
-    done = subprocess.run([sys.executable, 'train.py', f'--out_dir={out}', *RESUME], cwd=common.ROOT, env=ENV,
-                          preexec_fn=limit, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, 'train.py', f'--out_dir={out}', *RESUME],
+                          cwd=common.ROOT, env=ENV, preexec_fn=limit, capture_output=True,
+                          text=True)
     assert done.returncode == 1 and done.stderr.count('\n') == 1, done.stderr
     assert 'last.pt could not be written ([Errno 27] File too large; ' in done.stderr
     assert 'make room, then go on with' in done.stderr
@@ -309,7 +330,8 @@ def test_a_damaged_checkpoint_is_seen_though_torch_loads_it(whole, tmp_path):
     at = raw.find(last(whole)['model']['wte.weight'].numpy().tobytes()[:64])
     raw[at + 2] ^= 1
     path.write_bytes(raw)
-    assert not torch.equal(last(tmp_path / 'run')['model']['wte.weight'], last(whole)['model']['wte.weight'])
+    mine, other = (last(out)['model']['wte.weight'] for out in (tmp_path / 'run', whole))
+    assert not torch.equal(mine, other)
     assert 'cannot be read (BadZipFile)' in train(tmp_path / 'run', *RESUME, fails=True)
 
 
@@ -319,7 +341,8 @@ def test_a_checkpoint_with_code_in_it_is_refused(data, whole, tmp_path):
             return os.system, (f'touch {tmp_path}/ran',)
     (tmp_path / 'run').mkdir()
     torch.save({**last(whole), 'settings': Evil()}, tmp_path / 'run' / 'last.pt')
-    for args in (RESUME, [*BASE, f'--data_dir={data}', f'--init_from={tmp_path / "run"}', '--overwrite=True']):
+    anew = [*BASE, f'--data_dir={data}', f'--init_from={tmp_path / "run"}', '--overwrite=True']
+    for args in (RESUME, anew):
         assert 'cannot be read (UnpicklingError)' in train(tmp_path / 'run', *args, fails=True)
     assert not (tmp_path / 'ran').exists()
 
@@ -331,7 +354,8 @@ def test_a_gradient_that_is_not_finite_stops_the_run(whole, phase_two, tmp_path)
     stop_at(5, out, *phase_two)
     state = last(out)
     name = 'chunks.1.ffn.proj_w'
-    state['model'][name][0, 0, 0] = 3e38  # the loss stays finite: LayerNorm divides by it; its square does not
+    # The loss stays finite: LayerNorm divides by it. Its square does not.
+    state['model'][name][0, 0, 0] = 3e38
     torch.save(state, out / 'last.pt')
     text = train(out, *RESUME, fails=True)
     step = state['step']
@@ -354,8 +378,9 @@ ONE_STEP = {'mom': ['--K=3', '--H=1'], 'moe': [*SYSTEMS['moe'], '--router=gru']}
 
 
 @pytest.mark.parametrize('system', ONE_STEP)
-def test_the_compiled_path_of_a_hopper_leaves_no_gradient_out(system, phase_two, tmp_path, monkeypatch):
-    """On two processes DDP waits for all. A GRU's only step does not use the weights of its state."""
+def test_the_compiled_path_of_a_hopper_leaves_no_gradient_out(
+        system, phase_two, tmp_path, monkeypatch):
+    """On two processes DDP waits for all. A GRU's only step uses no weights of its state."""
     def step(self, *args):
         assert all(p.grad is not None for group in self.param_groups for p in group['params'])
         return real_step(self, *args)
@@ -363,14 +388,15 @@ def test_the_compiled_path_of_a_hopper_leaves_no_gradient_out(system, phase_two,
     monkeypatch.setattr(torch.optim.AdamW, 'step', step)
     monkeypatch.setattr(model, 'has_grouped_mm', lambda device, C: True)
     monkeypatch.setattr(torch, 'compile', functools.partial(torch.compile, backend='eager'))
-    text = train(tmp_path / 'run', *phase_two, *ONE_STEP[system], '--max_steps=3', '--dtype=bfloat16', '--compile=True',
-                 ranks=2)
+    text = train(tmp_path / 'run', *phase_two, *ONE_STEP[system], '--max_steps=3',
+                 '--dtype=bfloat16', '--compile=True', ranks=2)
     assert '3/3 | loss' in text
 
 
 # ----------------------------------------------------------------------------- sharding
 
-SHARDED = ['--fsdp=True', '--micro_batch=1']  # of 15 validation sequences one process has eight batches, one seven
+# Of 15 validation sequences one process has eight batches, one seven.
+SHARDED = ['--fsdp=True', '--micro_batch=1']
 
 
 @pytest.fixture(scope='module')
@@ -393,7 +419,8 @@ def test_sharded_checkpoints_are_the_same_files(whole_2, sharded, phase_two, tmp
     assert mine.keys() == other.keys() and mine['model'].keys() == other['model'].keys()
     for i, moments in other['optimizer']['state'].items():
         for key, t in moments.items():
-            assert torch.allclose(mine['optimizer']['state'][i][key], t, rtol=1e-3, atol=1e-6), (i, key)
+            own = mine['optimizer']['state'][i][key]
+            assert torch.allclose(own, t, rtol=1e-3, atol=1e-6), (i, key)
     stop_at(5, tmp_path / 'run', *phase_two, *SHARDED, ranks=2)
     shutil.copytree(tmp_path / 'run', tmp_path / 'alone')
     train(tmp_path / 'run', *RESUME, ranks=2)  # sharded, and again sharded
@@ -401,9 +428,11 @@ def test_sharded_checkpoints_are_the_same_files(whole_2, sharded, phase_two, tmp
     train(tmp_path / 'alone', *RESUME, '--fsdp=False')  # sharded, then one process
     close(whole_2, tmp_path / 'alone', 1e-4)
     stop_at(5, tmp_path / 'back', *phase_two)
-    train(tmp_path / 'back', *RESUME, '--fsdp=True', '--checkpointing=True', ranks=2)  # one process, then sharded
+    # One process, then sharded.
+    train(tmp_path / 'back', *RESUME, '--fsdp=True', '--checkpointing=True', ranks=2)
     close(whole_2, tmp_path / 'back', 1e-4)
 
 
 def test_sharding_needs_company(phase_two, tmp_path):
-    assert 'over several processes (torchrun)' in train(tmp_path / 'run', *phase_two, '--fsdp=True', fails=True)
+    text = train(tmp_path / 'run', *phase_two, '--fsdp=True', fails=True)
+    assert 'over several processes (torchrun)' in text

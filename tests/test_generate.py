@@ -22,7 +22,8 @@ def test_cached_equals_full_forward_in_uneven_pieces(system):
     idx = torch.randint(0, 50, (3, 24))
     full, _ = model.features(idx)
     cache = Cache(model.cfg, 3, 'cpu', torch.float64)
-    pieces = [model.features(idx[:, a:b], cache)[0] for a, b in itertools.pairwise((0, 7, 8, 9, 15, 24))]
+    pieces = [model.features(idx[:, a:b], cache)[0]
+              for a, b in itertools.pairwise((0, 7, 8, 9, 15, 24))]
     assert (torch.cat(pieces, 1) - full).abs().max() < 1e-12 * full.abs().max()
 
 
@@ -71,7 +72,8 @@ def test_sliding_past_the_block():
         want = torch.cat((want, model(want[:, -24:])[0][:, -1].argmax(-1, keepdim=True)), 1)
     assert torch.equal(greedy, want)
     long = torch.randint(0, 50, (1, 40))
-    assert torch.equal(model.generate(long, 1, temperature=0)[0, -1], model(long[:, -24:])[0][0, -1].argmax())
+    want = model(long[:, -24:])[0][0, -1].argmax()
+    assert torch.equal(model.generate(long, 1, temperature=0)[0, -1], want)
 
 
 def test_sampling():
@@ -87,7 +89,8 @@ def test_sampling():
     assert set(few.tolist()) == set(p.topk(5).indices.tolist())
     ranked = p.sort(descending=True)
     nucleus = ranked.indices[:int((ranked.values.cumsum(-1) < 0.6).sum()) + 1].tolist()
-    some = model.generate(idx[:1].repeat(4000, 1), 1, top_p=0.6)[:, -1].bincount(minlength=50) / 4000
+    drawn = model.generate(idx[:1].repeat(4000, 1), 1, top_p=0.6)[:, -1]
+    some = drawn.bincount(minlength=50) / 4000
     assert set(some.nonzero().flatten().tolist()) == set(nucleus) and len(nucleus) > 1
     assert (some[nucleus] - p[nucleus] / p[nucleus].sum()).abs().max() < 0.05
     torch.manual_seed(0)
@@ -111,14 +114,16 @@ def test_beam_search_equals_transformers(beams, tmp_path):
     for seed in range(12):
         idx = torch.randint(0, 211, (3, 6), generator=torch.Generator().manual_seed(seed))
         stop = hf(idx).logits[0, -1].topk(3).indices[-1].item()  # a likely one
-        want = hf.generate(idx, attention_mask=torch.ones_like(idx), num_beams=beams, do_sample=False, max_new_tokens=8,
-                           eos_token_id=stop, pad_token_id=stop, length_penalty=1.0, early_stopping=False)
+        want = hf.generate(idx, attention_mask=torch.ones_like(idx), num_beams=beams,
+                           do_sample=False, max_new_tokens=8, eos_token_id=stop, pad_token_id=stop,
+                           length_penalty=1.0, early_stopping=False)
         got = model.generate(idx, 8, beams=beams, stop=stop)
+        greedy = model.generate(idx, 8, temperature=0, stop=stop)
         width = max(got.size(1), want.size(1))
-        got, want = (torch.nn.functional.pad(t, (0, width - t.size(1)), value=stop) for t in (got, want))
+        got, want, greedy = (torch.nn.functional.pad(t, (0, 99), value=stop)[:, :width]
+                             for t in (got, want, greedy))
         assert torch.equal(got, want), seed
-        same += int(torch.equal(got, torch.nn.functional.pad(model.generate(idx, 8, temperature=0, stop=stop), (0, 99),
-                                                             value=stop)[:, :width]))
+        same += int(torch.equal(got, greedy))
     assert same < 12  # beams find what greedy does not
 
 
@@ -134,7 +139,8 @@ def test_beam_search_of_prompts_of_different_lengths(system):
     greedy = model.generate(idx[1:2, :2], 6, temperature=0, stop=7)[0]
 
     def mean(text):
-        logp = model(text[None, :-1])[0].log_softmax(-1)[0, torch.arange(1, len(text) - 1), text[2:]]
+        after = torch.arange(1, len(text) - 1)
+        logp = model(text[None, :-1])[0].log_softmax(-1)[0, after, text[2:]]
         over = (text[2:] == 7).nonzero()
         return logp[:int(over[0]) + 1 if len(over) else None].mean()
     assert mean(text) >= mean(greedy) - 1e-9
@@ -148,7 +154,8 @@ def test_bfloat16_weights_on_the_cpu(system):
     full = model(idx)[0]
     model.cast(torch.bfloat16)
     cache = Cache(model.cfg, 2, 'cpu', torch.bfloat16)
-    pieces = torch.cat([model.features(idx[:, a:b], cache)[0] for a, b in itertools.pairwise((0, 7, 8, 12))], 1)
+    pieces = [model.features(idx[:, a:b], cache)[0] for a, b in itertools.pairwise((0, 7, 8, 12))]
+    pieces = torch.cat(pieces, 1)
     assert pieces.dtype == torch.bfloat16
     close = (torch.nn.functional.linear(pieces, model.wte.weight).float() - full).abs().amax(-1)
     assert close.median() < 0.1 * full.std()  # some tokens' choices flip
@@ -161,7 +168,9 @@ def test_ids_beyond_the_tokenizer_s_are_not_chosen():
     model = stir(GPT(tiny()))
     idx = torch.randint(0, 50, (2, 5))
     for how in (dict(temperature=0), dict(temperature=5.0), dict(beams=2)):
-        assert model.generate(idx, 10, **how)[:, 5:].max() >= 10 > model.generate(idx, 10, **how, vocab=10)[:, 5:].max()
+        free = model.generate(idx, 10, **how)[:, 5:]
+        bound = model.generate(idx, 10, **how, vocab=10)[:, 5:]
+        assert free.max() >= 10 > bound.max()
 
 
 def test_mistakes_name_the_fix():
@@ -211,7 +220,7 @@ def test_a_generation_that_raises_leaves_the_model_in_its_mode(monkeypatch):
 @pytest.mark.parametrize('shape', [(32, 48), (48, 32), (24, 203), (16, 192), (7, 100)])
 @pytest.mark.parametrize('intel', [False, True])
 def test_products_of_few_rows(intel, shape, rows, threads, monkeypatch):
-    """In every layout they are the product: as it is stored, in parts, packed; under autocast, too."""
+    """In every layout they are the product: as stored, in parts, packed; under autocast, too."""
     monkeypatch.setattr('sample.is_intel', lambda: intel)
     x, w, b = torch.randn(rows, shape[0]), torch.randn(shape), torch.randn(shape[1])
     before = torch.get_num_threads()
@@ -222,8 +231,8 @@ def test_products_of_few_rows(intel, shape, rows, threads, monkeypatch):
                 matrix = laid_out(stored, several)
                 assert torch.allclose(matrix(x), x @ w, atol=1e-4)
                 assert torch.allclose(matrix(x, b), x @ w + b, atol=1e-4)
-                small = laid_out(stored.bfloat16(), several)
-                assert torch.allclose(small(x.bfloat16(), b.bfloat16()).float(), x @ w + b, atol=0.5)
+                half = laid_out(stored.bfloat16(), several)(x.bfloat16(), b.bfloat16())
+                assert torch.allclose(half.float(), x @ w + b, atol=0.5)
                 with torch.autocast('cpu', torch.bfloat16):
                     assert torch.allclose(matrix(x, b).float(), x @ w + b, atol=0.5)
                     assert torch.allclose(matrix(x.bfloat16(), b).float(), x @ w + b, atol=0.5)
@@ -259,7 +268,8 @@ def test_what_is_kept_of_the_weights_follows_them(dtype):
     """A changed weight, a cast or another state_dict is seen by the next call."""
     idx, model = torch.randint(0, 50, (2, 5)), stir(GPT(tiny())).cast(dtype).eval()
     other = {name: p.flip(-1) for name, p in model.state_dict().items() if p.is_floating_point()}
-    changes = [lambda: None, lambda: change(model), lambda: model.load_state_dict(other, strict=False),
+    changes = [lambda: None, lambda: change(model),
+               lambda: model.load_state_dict(other, strict=False),
                lambda: model.cast(torch.float64), lambda: model.cast(dtype)]
     for make in changes:
         make()

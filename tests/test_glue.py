@@ -1,4 +1,4 @@
-"""finetune_glue.py: on small files of sentences made here, with tiny models, against oracles written out below."""
+"""finetune_glue.py: small files of sentences made here, tiny models, oracles written out below."""
 import contextlib
 import copy
 import csv
@@ -30,22 +30,27 @@ from model import GPT, MoMConfig
 from weights import load_checkpoint, load_file
 
 COLUMNS = {  # those of nyu-mll/glue
-    'cola': ['sentence'], 'sst2': ['sentence'], 'mrpc': ['sentence1', 'sentence2'], 'rte': ['sentence1', 'sentence2'],
-    'stsb': ['sentence1', 'sentence2'], 'qqp': ['question1', 'question2'], 'qnli': ['question', 'sentence'],
+    'cola': ['sentence'], 'sst2': ['sentence'], 'mrpc': ['sentence1', 'sentence2'],
+    'rte': ['sentence1', 'sentence2'], 'stsb': ['sentence1', 'sentence2'],
+    'qqp': ['question1', 'question2'], 'qnli': ['question', 'sentence'],
     'mnli': ['premise', 'hypothesis']}
-TESTS = {'cola': ['test'], 'rte': ['test'], 'stsb': ['test'], 'mnli': ['test_matched', 'test_mismatched']}
+TESTS = {'cola': ['test'], 'rte': ['test'], 'stsb': ['test'],
+         'mnli': ['test_matched', 'test_mismatched']}
 ENDING = {'sst2': 'csv', 'cola': 'tsv', 'mrpc': 'parquet', 'qnli': 'csv'}  # the others .jsonl
 GOOD, BAD = ['wonderful', 'superb', 'delightful'], ['dreadful', 'tedious', 'awful']
 
 
 def sentence(rng, word):
-    pick = [rng.choice(words) for words in (['film', 'play', 'novel', 'concert'], ['by', 'about', 'from'],
-            ['two old friends', 'a small town', 'the sea', 'an "honest" thief'], ['rather', 'simply', 'truly'])]
+    blanks = (['film', 'play', 'novel', 'concert'], ['by', 'about', 'from'],
+              ['two old friends', 'a small town', 'the sea', 'an "honest" thief'],
+              ['rather', 'simply', 'truly'])
+    pick = [rng.choice(words) for words in blanks]
     return 'The {} {} {}, some say, is {} {}.'.format(*pick, word)
 
 
 def rows_of(task, n, seed, labelled=True):
-    """n rows; the words say which label is right, 60% of one kind. STS-B's score is 4 for equal words, else 1."""
+    """n rows; the words say which label is right, 60% of one kind. STS-B's score is 4 for equal
+    words, else 1."""
     rng, rows, columns = np.random.default_rng(seed), [], COLUMNS[task]
     classes = 3 if task == 'mnli' else 2
     for i in range(n):
@@ -56,7 +61,8 @@ def rows_of(task, n, seed, labelled=True):
         if kind == 2:
             words[-1] = 'about the weather'
         label = (4.25 if kind else 1.5) if task == 'stsb' else kind
-        rows.append({**{c: sentence(rng, word) for c, word in zip(columns, words)}, 'label': label, 'idx': i})
+        texts = {c: sentence(rng, word) for c, word in zip(columns, words)}
+        rows.append({**texts, 'label': label, 'idx': i})
         if not labelled:
             rows[-1]['label'] = -1
     return rows
@@ -74,14 +80,18 @@ def write(path, rows):
             table.writeheader()
             table.writerows(rows)
         elif path.endswith('.tsv'):
-            f.write('\n'.join(['\t'.join(rows[0]), *('\t'.join(map(str, row.values())) for row in rows)]))
+            lines = ['\t'.join(map(str, row.values())) for row in rows]
+            f.write('\n'.join(['\t'.join(rows[0]), *lines]))
         else:
             f.write(''.join(json.dumps(row) + '\n' for row in rows))
 
 
 def write_task(folder, task, train=24, validation=10, test=7):
-    validations = ['validation_matched', 'validation_mismatched'] if task == 'mnli' else ['validation']
-    splits = {'train': train, **{v: validation for v in validations}, **{t: test for t in TESTS.get(task, [])}}
+    validations = ['validation']
+    if task == 'mnli':
+        validations = ['validation_matched', 'validation_mismatched']
+    splits = {'train': train, **{v: validation for v in validations},
+              **{t: test for t in TESTS.get(task, [])}}
     for seed, (split, n) in enumerate(splits.items()):
         rows = rows_of(task, n, seed, labelled=not split.startswith('test'))
         write(folder / task / f'{split}.{ENDING.get(task, "jsonl")}', rows)
@@ -95,9 +105,10 @@ def data(tmp_path_factory):
     return folder
 
 
-SHAPES = {'vanilla': dict(chunks='1-1-1'), 'mom': dict(chunks='1-3', K=2, H=2, router_dim=8),
-          'mod': dict(chunks='1-1-1-1', phi='mod', K=1, capacity=0.3, router='linear', router_dim=8),
-          'moe_share': dict(chunks='1-3', phi='moe_share', K=2, router_dim=8, balance=0.01)}
+SHAPES = {
+    'vanilla': dict(chunks='1-1-1'), 'mom': dict(chunks='1-3', K=2, H=2, router_dim=8),
+    'mod': dict(chunks='1-1-1-1', phi='mod', K=1, capacity=0.3, router='linear', router_dim=8),
+    'moe_share': dict(chunks='1-3', phi='moe_share', K=2, router_dim=8, balance=0.01)}
 
 
 def build(system, seed=1):
@@ -111,13 +122,14 @@ def sources(tmp_path_factory):
     folder = tmp_path_factory.mktemp('sources')
     for system in SHAPES:
         model = build(system)
-        torch.save(dict(model=model.state_dict(), model_config=asdict(model.cfg), meta=dict(tokenizer='bytes')),
-                   folder / f'{system}.pt')
+        content = dict(model=model.state_dict(), model_config=asdict(model.cfg),
+                       meta=dict(tokenizer='bytes'))
+        torch.save(content, folder / f'{system}.pt')
     return {system: folder / f'{system}.pt' for system in SHAPES}
 
 
 def run(*args):
-    """The script in this process, which saves the seconds that imports take -> stdout; a mistake raises."""
+    """The script in this process, which saves the time of imports -> stdout; a mistake raises."""
     argv, hook, out = sys.argv, sys.excepthook, io.StringIO()
     sys.argv = ['finetune_glue.py', *map(str, args), '--device=cpu']
     try:
@@ -130,9 +142,11 @@ def run(*args):
 
 def command(*args, ranks=1):
     """The script as a user runs it -> stdout."""
-    launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks > 1 else []
-    done = subprocess.run([sys.executable, *launch, 'finetune_glue.py', *map(str, args), '--device=cpu'],
-                          cwd=common.ROOT, env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True)
+    words = ['finetune_glue.py', *map(str, args), '--device=cpu']
+    if ranks > 1:
+        words = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}', *words]
+    done = subprocess.run([sys.executable, *words], cwd=common.ROOT, capture_output=True, text=True,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -145,37 +159,45 @@ def result(out, task, seed=1337):
 
 def test_every_task_end_to_end(data, sources, tmp_path):
     out = tmp_path / 'out'
-    stdout = command(f'--source={sources["mom"]}', f'--data_dir={data}', f'--out_dir={out}', '--max_steps=2',
-                     '--learning_rate=1e-3', '--paper_row=MoM_P medium')
+    stdout = command(f'--source={sources["mom"]}', f'--data_dir={data}', f'--out_dir={out}',
+                     '--max_steps=2', '--learning_rate=1e-3', '--paper_row=MoM_P medium')
     figures = {}
     for task, columns in COLUMNS.items():
         r = result(out, task)
         figures |= {figure: parts['score'] for figure, parts in r['figures'].items()}
         assert r['steps'] == r['settings']['max_steps'] == 2 and r['torch'] == torch.__version__
-        assert r['settings']['batch_size'] == (32 if task in ('cola', 'stsb', 'mrpc', 'rte') else 64)
+        small = task in ('cola', 'stsb', 'mrpc', 'rte')
+        assert r['settings']['batch_size'] == (32 if small else 64)
         assert (r['settings']['learning_rate'], r['settings']['dtype']) == (1e-3, 'float32')
         assert r['settings']['length'] == 96 and r['settings']['source'] == str(sources['mom'])
-        assert r['splits']['train']['examples'] == 24 and str(data / task / 'train.') in r['splits']['train']['source']
+        assert r['splits']['train']['examples'] == 24
+        assert str(data / task / 'train.') in r['splits']['train']['source']
         assert r['figures'].keys() == r['baseline'].keys() and math.isfinite(r['train_loss'])
-        shown = stdout.split(f'{task}, seed 1337:')[1].splitlines()[1:4]  # three examples, as the model reads them
+        # Three examples, as the model reads them.
+        shown = stdout.split(f'{task}, seed 1337:')[1].splitlines()[1:4]
         assert all(line.count('<|endoftext|>') == len(columns) for line in shown)
         sentences = [line.split(' | ')[1].split('<|endoftext|>')[0] for line in shown]
         known = [row[columns[0]] for row in rows_of(task, 24, 0)]
         assert len(set(shown)) == 3 and all(any(k.startswith(s) for k in known) for s in sentences)
     lines = (out / 'results.md').read_text().splitlines()
-    header, ours, baseline, paper = ([c.strip() for c in lines[i].strip('|').split('|')] for i in (0, 2, 3, 4))
-    assert header[1:] == ['SST-2', 'CoLA', 'MRPC', 'QQP', 'QNLI', 'RTE', 'MNLI-m', 'MNLI-mm', 'STS-B', 'average']
-    assert ours[1:] == [f'{figures[f]:.2f}' for f in header[1:-1]] + [f'{sum(figures.values()) / 9:.2f}']
+    header, ours, baseline, paper = ([c.strip() for c in lines[i].strip('|').split('|')]
+                                     for i in (0, 2, 3, 4))
+    assert header[1:] == ['SST-2', 'CoLA', 'MRPC', 'QQP', 'QNLI', 'RTE', 'MNLI-m', 'MNLI-mm',
+                          'STS-B', 'average']
+    scores = [*(figures[f] for f in header[1:-1]), sum(figures.values()) / 9]
+    assert ours[1:] == [f'{score:.2f}' for score in scores]
     assert paper[-1] == '81.93' and lines[0] in stdout
-    # 6 of 10 validation labels are 1, and so are most of the training labels: F1 = 2 * 0.6 / (0.6 + 1)
-    assert baseline[1:7] == ['60.00', '0.00', '75.00', '75.00', '60.00', '60.00'] and baseline[-2] == '0.00'
+    # 6 of 10 validation labels are 1, and so are most training labels: F1 = 2 * 0.6 / (0.6 + 1)
+    assert baseline[1:7] == ['60.00', '0.00', '75.00', '75.00', '60.00', '60.00']
+    assert baseline[-2] == '0.00'
 
 
 def test_the_files_of_the_glue_server(data, sources, tmp_path):
     out = tmp_path / 'out'
     run(f'--source={sources["vanilla"]}', f'--data_dir={data}', f'--out_dir={out}', '--max_steps=1')
     want = {'CoLA.tsv': (7, {'0', '1'}), 'SST-2.validation.tsv': (10, {'0', '1'}),
-            'MRPC.validation.tsv': (10, {'0', '1'}), 'QQP.validation.tsv': (10, {'0', '1'}), 'STS-B.tsv': (7, None),
+            'MRPC.validation.tsv': (10, {'0', '1'}), 'QQP.validation.tsv': (10, {'0', '1'}),
+            'STS-B.tsv': (7, None),
             'QNLI.validation.tsv': (10, {'entailment', 'not_entailment'}),
             'RTE.tsv': (7, {'entailment', 'not_entailment'}),
             'MNLI-m.tsv': (7, {'entailment', 'neutral', 'contradiction'}),
@@ -188,19 +210,21 @@ def test_the_files_of_the_glue_server(data, sources, tmp_path):
         index, predicted = zip(*(line.split('\t') for line in lines))
         assert list(index) == [str(i) for i in range(n)]
         assert set(predicted) <= values if values else all(0 <= float(p) <= 5 for p in predicted)
-    assert result(out, 'mnli')['predictions'] == [str(folder / 'MNLI-m.tsv'), str(folder / 'MNLI-mm.tsv')]
-    glue.write_predictions(tmp_path / 'a', 'mnli', torch.tensor([2, 0, 1]))
-    assert (tmp_path / 'a').read_text() == 'index\tprediction\n0\tcontradiction\n1\tentailment\n2\tneutral\n'
-    glue.write_predictions(tmp_path / 'a', 'stsb', torch.tensor([2.5, -0.1, 5.5]))
-    assert (tmp_path / 'a').read_text() == 'index\tprediction\n0\t2.50000\n1\t0.00000\n2\t5.00000\n'
+    assert result(out, 'mnli')['predictions'] == [
+        str(folder / 'MNLI-m.tsv'), str(folder / 'MNLI-mm.tsv')]
+    file = tmp_path / 'a'
+    glue.write_predictions(file, 'mnli', torch.tensor([2, 0, 1]))
+    assert file.read_text() == 'index\tprediction\n0\tcontradiction\n1\tentailment\n2\tneutral\n'
+    glue.write_predictions(file, 'stsb', torch.tensor([2.5, -0.1, 5.5]))
+    assert file.read_text() == 'index\tprediction\n0\t2.50000\n1\t0.00000\n2\t5.00000\n'
 
 
 @pytest.mark.parametrize('system', ['vanilla', 'mom'])
 def test_it_learns_what_can_be_learnt(system, sources, tmp_path):
     write_task(tmp_path, 'sst2', train=320, validation=80)
     out = tmp_path / 'out'
-    run(f'--source={sources[system]}', '--task=sst2', f'--data_dir={tmp_path}', f'--out_dir={out}', '--epochs=15',
-        '--batch_size=32', '--learning_rate=5e-3')
+    run(f'--source={sources[system]}', '--task=sst2', f'--data_dir={tmp_path}', f'--out_dir={out}',
+        '--epochs=15', '--batch_size=32', '--learning_rate=5e-3')
     r = result(out, 'sst2')
     assert r['steps'] == 150 and r['baseline']['SST-2']['score'] == pytest.approx(60)
     assert r['figures']['SST-2']['score'] > 80  # other seeds reach 92 to 100
@@ -208,29 +232,33 @@ def test_it_learns_what_can_be_learnt(system, sources, tmp_path):
 
 def test_regression_learns(sources, tmp_path):
     write_task(tmp_path, 'stsb', train=320, validation=80)
-    for split, n in (('train', 320), ('validation', 80)):  # similarity is how good the second film is
-        rows = rows_of('sst2', n, n)
-        write(tmp_path / 'stsb' / f'{split}.jsonl', [
-            dict(sentence1='A film.', sentence2=row['sentence'], label=1.5 + 3 * row['label']) for row in rows])
+    for split, n in (('train', 320), ('validation', 80)):
+        # Similarity is how good the second film is.
+        rows = [dict(sentence1='A film.', sentence2=row['sentence'], label=1.5 + 3 * row['label'])
+                for row in rows_of('sst2', n, n)]
+        write(tmp_path / 'stsb' / f'{split}.jsonl', rows)
     out = tmp_path / 'out'
-    run(f'--source={sources["vanilla"]}', '--task=stsb', f'--data_dir={tmp_path}', f'--out_dir={out}', '--epochs=12',
-        '--learning_rate=5e-3')
+    run(f'--source={sources["vanilla"]}', '--task=stsb', f'--data_dir={tmp_path}',
+        f'--out_dir={out}', '--epochs=12', '--learning_rate=5e-3')
     r = result(out, 'stsb')
-    assert r['baseline_predicts'] == pytest.approx(1.5 + 3 * 0.6) and r['baseline']['STS-B']['score'] == 0
+    assert r['baseline_predicts'] == pytest.approx(1.5 + 3 * 0.6)
+    assert r['baseline']['STS-B']['score'] == 0
     assert r['figures']['STS-B']['Pearson'] > 80 and r['train_loss'] < 0.9
 
 
-# ----------------------------------------------------------------------------- padding, batches, training
+# ----------------------------------------------------------------------- padding, batches, training
 
 @pytest.mark.parametrize('system', SHAPES)
 def test_padding_changes_no_logit(system):
-    model, head = build(system).eval().double(), torch.nn.Linear(32, 3).double()  # rounding is no padding
+    # In fp64, so that rounding is not taken for padding.
+    model, head = build(system).eval().double(), torch.nn.Linear(32, 3).double()
     for p in model.parameters():  # larger weights: differences would show
         p.data.mul_(3)
     rng = np.random.default_rng(0)
     rows = [rng.integers(0, 257, size=n).astype(np.int32) for n in (5, 40, 1, 17)]
     with torch.no_grad():
-        alone = torch.cat([head(model.features(torch.from_numpy(row).long()[None])[0][:, -1]) for row in rows])
+        alone = torch.cat([head(model.features(torch.from_numpy(row).long()[None])[0][:, -1])
+                           for row in rows])
         assert (alone[0] - alone[1]).abs().max() > 0.01
         for kw in (dict(pad_id=256), dict(pad_id=7), dict(pad_id=0, width=96)):
             together = glue.classify(model, head, rows, **kw)[0]
@@ -240,8 +268,10 @@ def test_padding_changes_no_logit(system):
 
 
 def by_hand(model, head, ids, labels, steps, size, seed, lr):
-    """Fine-tuning written out: one example at a time, without padding; AdamW, schedule and clipping by formula."""
-    params = dict([*model.named_parameters(), *(('head.' + n, p) for n, p in head.named_parameters())])
+    """Fine-tuning written out: one example at a time, without padding; AdamW, schedule and clipping
+    by formula."""
+    params = dict(model.named_parameters())
+    params |= {'head.' + n: p for n, p in head.named_parameters()}
     m, v = ({n: torch.zeros_like(p) for n, p in params.items()} for _ in 'mv')
     batches = []
     for epoch in range(steps):
@@ -265,21 +295,25 @@ def by_hand(model, head, ids, labels, steps, size, seed, lr):
                 v[n] = 0.999 * v[n] + 0.001 * g * g
                 if not (n.endswith(('_b', 'bias', 'ln_w', 'ln_f.weight')) or '.bias_' in n):
                     p.mul_(1 - now * 0.01)
-                p.sub_(now * m[n] / (1 - 0.9 ** (step + 1)) / ((v[n] / (1 - 0.999 ** (step + 1))).sqrt() + 1e-8))
+                rms = (v[n] / (1 - 0.999 ** (step + 1))).sqrt()
+                p.sub_(now * m[n] / (1 - 0.9 ** (step + 1)) / (rms + 1e-8))
 
 
 @pytest.mark.parametrize('system, outputs', [('vanilla', 3), ('vanilla', 1), ('mom', 2)])
 def test_training_is_the_recipe(system, outputs, monkeypatch):
     rng = np.random.default_rng(3)
     ids = [rng.integers(0, 257, size=n).astype(np.int32) for n in rng.integers(2, 30, size=11)]
-    labels = torch.from_numpy(rng.integers(0, outputs, size=11)) if outputs > 1 else torch.from_numpy(rng.random(11))
-    model, head = build(system).double(), torch.nn.Linear(32, outputs).double()  # in fp32, AdamW blows up rounding
+    labels = rng.integers(0, outputs, size=11) if outputs > 1 else rng.random(11)
+    labels = torch.from_numpy(labels)
+    # In fp64, as AdamW blows up the rounding of fp32.
+    model, head = build(system).double(), torch.nn.Linear(32, outputs).double()
     with torch.no_grad():
         head.weight.mul_(5)  # so that the gradient is clipped
     theirs, their_head = copy.deepcopy(model), copy.deepcopy(head)
     before = copy.deepcopy(model.state_dict())
     monkeypatch.setattr(glue, 'learning_rate', 1e-3)
-    glue.fine_tune(model, head, ids, labels, 10, 4, 5, 256, False, '')  # batches of 4, 4, 3, 4, 4, 3, ...
+    # Batches of 4, 4, 3, 4, 4, 3, ...
+    glue.fine_tune(model, head, ids, labels, 10, 4, 5, 256, False, '')
     by_hand(theirs, their_head, ids, labels, 10, 4, 5, 1e-3)
     for mine, want in ((model, theirs), (head, their_head)):
         for name, p in want.state_dict().items():
@@ -293,8 +327,9 @@ def test_micro_batches_change_nothing_but_rounding(system, data, sources, tmp_pa
     saved = []
     for micro in (64, 5):
         out = tmp_path / str(micro)
-        run(f'--source={sources[system]}', '--task=sst2', f'--data_dir={data}', f'--out_dir={out}', '--max_steps=6',
-            '--batch_size=16', f'--micro_batch={micro}', '--save=True', '--learning_rate=1e-3')
+        run(f'--source={sources[system]}', '--task=sst2', f'--data_dir={data}', f'--out_dir={out}',
+            '--max_steps=6', '--batch_size=16', f'--micro_batch={micro}', '--save=True',
+            '--learning_rate=1e-3')
         saved.append(torch.load(out / 'sst2_seed1337.pt', weights_only=True))
     one, two = saved
     assert one['settings']['micro_batch'] != two['settings']['micro_batch']
@@ -302,36 +337,44 @@ def test_micro_batches_change_nothing_but_rounding(system, data, sources, tmp_pa
         assert (p - two['model'][name]).abs().max() < 1e-4, name
     fresh = build(system).state_dict()
     if system == 'mod':  # its predictor learns from the auxiliary loss alone
-        assert any((p - fresh[n]).abs().max() > 1e-3 for n, p in one['model'].items() if '.predictor.' in n)
+        assert any((p - fresh[n]).abs().max() > 1e-3
+                   for n, p in one['model'].items() if '.predictor.' in n)
 
 
 def test_two_processes_equal_one(data, sources, tmp_path):
-    args = [f'--source={sources["mom"]}', '--task=rte,stsb', f'--data_dir={data}', '--max_steps=6', '--max_train=10',
-            '--batch_size=3', '--micro_batch=2', '--learning_rate=1e-3', '--save=True']
-    run(*args, f'--out_dir={tmp_path / "one"}')  # 10 = 3 + 3 + 3 + 1: one process has nothing to do in the last
+    # 10 examples = 3 + 3 + 3 + 1: one process has nothing to do in the last batch.
+    args = [f'--source={sources["mom"]}', '--task=rte,stsb', f'--data_dir={data}', '--max_steps=6',
+            '--max_train=10', '--batch_size=3', '--micro_batch=2', '--learning_rate=1e-3',
+            '--save=True']
+    run(*args, f'--out_dir={tmp_path / "one"}')
     command(*args, f'--out_dir={tmp_path / "two"}', ranks=2)
     for task in ('rte', 'stsb'):
-        one, two = (torch.load(tmp_path / n / f'{task}_seed1337.pt', weights_only=True) for n in ('one', 'two'))
+        one, two = (torch.load(tmp_path / n / f'{task}_seed1337.pt', weights_only=True)
+                    for n in ('one', 'two'))
         assert (one['settings']['processes'], two['settings']['processes']) == (1, 2)
         assert one['train_loss'] == pytest.approx(two['train_loss'], rel=1e-4)
         for key in ('model', 'head'):
             for name, p in one[key].items():
                 assert (p - two[key][name]).abs().max() < 1e-4, name
         figure = {'rte': 'RTE', 'stsb': 'STS-B'}[task]
-        assert one['figures'][figure]['score'] == pytest.approx(two['figures'][figure]['score'], abs=0.5)
-        lines = [(tmp_path / n / 'predictions_seed1337' / f'{figure}.tsv').read_text().split() for n in ('one', 'two')]
+        score = two['figures'][figure]['score']
+        assert one['figures'][figure]['score'] == pytest.approx(score, abs=0.5)
+        lines = [(tmp_path / n / 'predictions_seed1337' / f'{figure}.tsv').read_text().split()
+                 for n in ('one', 'two')]
         if task == 'rte':
             assert lines[0] == lines[1]
         else:
-            assert [float(x) for x in lines[0][2:]] == pytest.approx([float(x) for x in lines[1][2:]], abs=1e-3)
+            ones, twos = ([float(x) for x in words[2:]] for words in lines)
+            assert ones == pytest.approx(twos, abs=1e-3)
 
 
 def test_a_saved_model_predicts_what_the_file_says(data, sources, tmp_path):
     """MoD, which is another model in evaluation than in training, here on pairs."""
-    run(f'--source={sources["mod"]}', '--task=stsb', f'--data_dir={data}', f'--out_dir={tmp_path}', '--max_steps=20',
-        '--batch_size=8', '--learning_rate=5e-3', '--length=64', '--save=True')
+    run(f'--source={sources["mod"]}', '--task=stsb', f'--data_dir={data}', f'--out_dir={tmp_path}',
+        '--max_steps=20', '--batch_size=8', '--learning_rate=5e-3', '--length=64', '--save=True')
     saved = load_checkpoint(tmp_path / 'stsb_seed1337.pt')
-    model, head = GPT.from_pretrained(str(tmp_path / 'stsb_seed1337.pt')).eval(), torch.nn.Linear(32, 1)
+    model = GPT.from_pretrained(str(tmp_path / 'stsb_seed1337.pt')).eval()
+    head = torch.nn.Linear(32, 1)
     head.load_state_dict(saved['head'])
     predicted = []
     for row in rows_of('stsb', 7, 2):  # the test split
@@ -341,19 +384,24 @@ def test_a_saved_model_predicts_what_the_file_says(data, sources, tmp_path):
         predicted.append(head(model.features(idx)[0][0, -1]).clamp(0, 5).item())
     lines = (tmp_path / 'predictions_seed1337' / 'STS-B.tsv').read_text().splitlines()[1:]
     assert [float(line.split('\t')[1]) for line in lines] == pytest.approx(predicted, abs=2e-5)
-    assert saved['settings']['length'] == 64 and result(tmp_path, 'stsb')['splits']['test']['truncated'] == 7
+    assert saved['settings']['length'] == 64
+    assert result(tmp_path, 'stsb')['splits']['test']['truncated'] == 7
 
 
 def test_a_figure_is_that_of_its_split(sources, tmp_path):
     write_task(tmp_path, 'mnli', validation=30)
     for split in TESTS['mnli']:
         (tmp_path / 'mnli' / f'{split}.jsonl').unlink()
-    run(f'--source={sources["vanilla"]}', '--task=mnli', f'--data_dir={tmp_path}', f'--out_dir={tmp_path}/out',
-        '--max_steps=20', '--batch_size=8', '--learning_rate=5e-3')
-    for seed, (figure, split) in enumerate((('MNLI-m', 'validation_matched'), ('MNLI-mm', 'validation_mismatched')), 1):
-        lines = (tmp_path / 'out' / 'predictions_seed1337' / f'{figure}.{split}.tsv').read_text().splitlines()[1:]
-        names = [('entailment', 'neutral', 'contradiction')[row['label']] for row in rows_of('mnli', 30, seed)]
-        right = [line == f'{i}\t{name}' for i, (line, name) in enumerate(zip(lines, names, strict=True))]
+    run(f'--source={sources["vanilla"]}', '--task=mnli', f'--data_dir={tmp_path}',
+        f'--out_dir={tmp_path}/out', '--max_steps=20', '--batch_size=8', '--learning_rate=5e-3')
+    splits = {'MNLI-m': 'validation_matched', 'MNLI-mm': 'validation_mismatched'}
+    for seed, (figure, split) in enumerate(splits.items(), 1):
+        file = tmp_path / 'out' / 'predictions_seed1337' / f'{figure}.{split}.tsv'
+        lines = file.read_text().splitlines()[1:]
+        names = [('entailment', 'neutral', 'contradiction')[row['label']]
+                 for row in rows_of('mnli', 30, seed)]
+        right = [line == f'{i}\t{name}'
+                 for i, (line, name) in enumerate(zip(lines, names, strict=True))]
         r = result(tmp_path / 'out', 'mnli')
         assert r['figures'][figure]['score'] == pytest.approx(100 * sum(right) / 30, abs=1e-3)
         most = max(range(3), key=[row['label'] for row in rows_of('mnli', 24, 0)].count)
@@ -363,19 +411,23 @@ def test_a_figure_is_that_of_its_split(sources, tmp_path):
 
 
 def test_gpt2_in_hugging_face_format_and_bfloat16(data, tmp_path):
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32)
-                                 ).save_pretrained(tmp_path / 'hf')
-    stdout = run(f'--source={tmp_path / "hf"}', '--task=cola', f'--data_dir={data}', f'--out_dir={tmp_path / "out"}',
-                 '--epochs=1', '--dtype=bfloat16', '--batch_size=10')
+    config = transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, n_positions=32)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / 'hf')
+    stdout = run(f'--source={tmp_path / "hf"}', '--task=cola', f'--data_dir={data}',
+                 f'--out_dir={tmp_path / "out"}', '--epochs=1', '--dtype=bfloat16',
+                 '--batch_size=10')
     assert "tokenizer 'gpt2'" in stdout and 'cpu x 1, bfloat16' in stdout
     assert result(tmp_path / 'out', 'cola')['steps'] == 3  # 10 + 10 + 4
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=300, bos_token_id=0,
-                                                         eos_token_id=0)).save_pretrained(tmp_path / 'other')
-    with pytest.raises(ValueError, match='knows 300 kinds of token and its tokenizer .gpt2. makes 50257'):
-        run(f'--source={tmp_path / "other"}', '--task=cola', f'--data_dir={data}', f'--out_dir={tmp_path / "out"}')
+    config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=300, bos_token_id=0,
+                                     eos_token_id=0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / 'other')
+    message = 'knows 300 kinds of token and its tokenizer .gpt2. makes 50257'
+    with pytest.raises(ValueError, match=message):
+        run(f'--source={tmp_path / "other"}', '--task=cola', f'--data_dir={data}',
+            f'--out_dir={tmp_path / "out"}')
 
 
-# ----------------------------------------------------------------------------- sentences, scores, table
+# ------------------------------------------------------------------------- sentences, scores, table
 
 def test_the_longer_sentence_is_cut():
     for a in range(12):
@@ -383,10 +435,12 @@ def test_the_longer_sentence_is_cut():
             for length in range(4, 16):
                 first, second = list(range(a)), list(range(100, 100 + b))
                 got = glue.join_sentences([first, second], -1, length)
-                while len(first) + len(second) + 2 > length:  # one at a time from the end of the longer one
+                # One at a time goes from the end of the longer one.
+                while len(first) + len(second) + 2 > length:
                     (first if len(first) > len(second) else second).pop()
                 assert got == [*first, -1, *second, -1]
-    assert glue.join_sentences([[1, 2, 3, 4]], -1, 4) == [1, 2, 3, -1] and glue.join_sentences([[1]], -1, 4) == [1, -1]
+    assert glue.join_sentences([[1, 2, 3, 4]], -1, 4) == [1, 2, 3, -1]
+    assert glue.join_sentences([[1]], -1, 4) == [1, -1]
 
 
 def test_scores_against_their_definitions():
@@ -397,13 +451,15 @@ def test_scores_against_their_definitions():
         x, y = torch.from_numpy(x), torch.from_numpy(y)
         matthews = (tp * tn - fp * fn) / math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
         assert glue.scores('Matthews', x, y)['score'] == pytest.approx(100 * matthews, abs=1e-3)
-        assert glue.scores('F1', x, y)['score'] == pytest.approx(100 * 2 * tp / (2 * tp + fp + fn), abs=1e-3)
+        f1 = 2 * tp / (2 * tp + fp + fn)
+        assert glue.scores('F1', x, y)['score'] == pytest.approx(100 * f1, abs=1e-3)
         assert glue.scores('F1', x, y)['accuracy'] == pytest.approx(2 * (tp + tn), abs=1e-3)
-    assert glue.scores('accuracy', torch.tensor([0, 1, 2, 2, 0]), torch.tensor([0, 2, 2, 2, 1]))['score'] == (
-        pytest.approx(60))
+    x, y = torch.tensor([0, 1, 2, 2, 0]), torch.tensor([0, 2, 2, 2, 1])
+    assert glue.scores('accuracy', x, y)['score'] == pytest.approx(60)
     x, y = rng.normal(size=40), rng.integers(0, 6, size=40) / 1.0  # y has ties
     pearson = np.mean((x - x.mean()) * (y - y.mean())) / x.std() / y.std()
-    ranks = [np.array([np.sum(z < v) + (np.sum(z == v) + 1) / 2 for v in z]) for z in (x, y)]  # mean rank of ties
+    # Ties have their mean rank.
+    ranks = [np.array([np.sum(z < v) + (np.sum(z == v) + 1) / 2 for v in z]) for z in (x, y)]
     spearman = np.corrcoef(*ranks)[0, 1]
     got = glue.scores('correlation', torch.from_numpy(x), torch.from_numpy(y))
     assert got == pytest.approx({'score': 50 * (pearson + spearman), 'Pearson': 100 * pearson,
@@ -416,8 +472,8 @@ def test_a_constant_prediction_correlates_with_nothing():
         assert glue.scores('Matthews', constant, y)['score'] == 0
     assert glue.scores('correlation', torch.full((6,), 2.6).double(), y.double())['score'] == 0
     assert glue.scores('correlation', y.double(), torch.full((6,), 2.6).double())['score'] == 0
-    assert glue.scores('F1', torch.zeros(6, dtype=torch.int64), y) == pytest.approx({'score': 0, 'accuracy': 33.3333,
-                                                                                     'F1': 0})
+    got = glue.scores('F1', torch.zeros(6, dtype=torch.int64), y)
+    assert got == pytest.approx({'score': 0, 'accuracy': 33.3333, 'F1': 0})
 
 
 def test_table_5_of_the_paper():
@@ -431,28 +487,29 @@ def test_table_5_of_the_paper():
 def test_the_table_needs_all_seeds_and_all_nine():
     def one(task, seed, **figures):
         figures = {name: dict(score=score) for name, score in figures.items()}
-        return dict(task=task, seed=seed, steps=1, figures=figures, baseline=figures, settings=dict(batch_size=2),
-                    splits=dict(train=dict(examples=3, source='x', truncated=0)))
+        train = dict(examples=3, source='x', truncated=0)
+        return dict(task=task, seed=seed, steps=1, figures=figures, baseline=figures,
+                    settings=dict(batch_size=2), splits=dict(train=train))
 
     results = [one('cola', s, CoLA=40 + s) for s in (1, 3)] + [one('rte', 1, RTE=70)]
     row = glue.markdown(results, 2, 'a model').splitlines()[2]
     assert row == '| a model, 2 seeds | – | 42.00 ± 1.41 | – | – | – | – | – | – | – | – |'
     nine = [one(f, s, **{f: i + s}) for i, f in enumerate(glue.FIGURES) for s in (1, 2, 6)]
-    row = glue.markdown(nine, 3, 'a model').splitlines()[2]
-    assert row.endswith('| 11.00 ± 2.65 | 7.00 ± 2.65 |')
-    assert len([line for line in glue.markdown(nine, 3, 'a model').splitlines() if line.startswith('- ')]) == 27
+    lines = glue.markdown(nine, 3, 'a model').splitlines()
+    assert lines[2].endswith('| 11.00 ± 2.65 | 7.00 ± 2.65 |')
+    assert len([line for line in lines if line.startswith('- ')]) == 27
 
 
 # ----------------------------------------------------------------------------- seeds, going on
 
 def test_what_is_done_is_not_done_again(data, sources, tmp_path):
     out = tmp_path / 'out'
-    args = [f'--source={sources["mom"]}', '--task=cola,rte', '--seeds=2', f'--data_dir={data}', f'--out_dir={out}',
-            '--max_steps=3', '--learning_rate=1e-3', '--paper_row=']
+    args = [f'--source={sources["mom"]}', '--task=cola,rte', '--seeds=2', f'--data_dir={data}',
+            f'--out_dir={out}', '--max_steps=3', '--learning_rate=1e-3', '--paper_row=']
     run(*args)
     files = ['cola_seed1337.json', 'cola_seed1338.json', 'rte_seed1337.json', 'rte_seed1338.json']
-    assert sorted(os.listdir(out)) == [*files[:2], 'predictions_seed1337', 'predictions_seed1338', 'results.md',
-                                       *files[2:]]
+    assert sorted(os.listdir(out)) == [
+        *files[:2], 'predictions_seed1337', 'predictions_seed1338', 'results.md', *files[2:]]
     a, b = result(out, 'cola'), result(out, 'cola', 1338)
     assert a['train_loss'] != b['train_loss']
     table = (out / 'results.md').read_text()
@@ -467,8 +524,9 @@ def test_what_is_done_is_not_done_again(data, sources, tmp_path):
     again = result(out, 'rte')
     assert {**again, 'seconds': 0} == {**lost, 'seconds': 0}
 
-    with pytest.raises(ValueError, match='cola_seed1337.json is a result with learning_rate=0.001, but this command '
-                                         'has 0.002: take another --out_dir, or delete that file'):
+    message = ('cola_seed1337.json is a result with learning_rate=0.001, but this command has '
+               '0.002: take another --out_dir, or delete that file')
+    with pytest.raises(ValueError, match=message):
         run(*args, '--learning_rate=2e-3')
     other = torch.load(sources['mom'], weights_only=True)
     other['model']['wpe.weight'][0] += 1
@@ -477,14 +535,15 @@ def test_what_is_done_is_not_done_again(data, sources, tmp_path):
         run(*args, f'--source={tmp_path / "other.pt"}')
     moved = tmp_path / 'moved'
     shutil.copytree(data, moved)
-    assert run(*args, f'--data_dir={moved}').count('is there already') == 4  # the same data in another place
+    # The same data in another place.
+    assert run(*args, f'--data_dir={moved}').count('is there already') == 4
     with open(moved / 'rte' / 'train.jsonl', 'a') as f:
         f.write(json.dumps(dict(sentence1='a', sentence2='b', label=0)) + '\n')
     with pytest.raises(ValueError, match='rte_seed1337.json is a result with data='):
         run(*args, f'--data_dir={moved}')
     assert run(*args, '--task=cola', '--seeds=1', '--save=True').count('is there already') == 0
     assert (out / 'cola_seed1337.pt').exists() and result(out, 'cola')['figures'] == a['figures']
-    # other tasks may be added; a result of other settings that is not asked for stays out of the table
+    # Tasks may be added; a result of other settings that is not asked for stays out of the table.
     run(*args, '--task=mrpc', '--max_steps=2')
     header, row = (out / 'results.md').read_text().splitlines()[:3:2]
     shown = dict(zip(header.split('|'), row.split('|')))
@@ -495,17 +554,19 @@ def test_what_is_done_is_not_done_again(data, sources, tmp_path):
 
 
 def test_limits_and_their_seeds(data, sources, tmp_path):
-    args = [f'--source={sources["vanilla"]}', '--task=sst2', f'--data_dir={data}', '--max_train=5', '--max_eval=4',
-            '--epochs=2', '--batch_size=2']
+    args = [f'--source={sources["vanilla"]}', '--task=sst2', f'--data_dir={data}', '--max_train=5',
+            '--max_eval=4', '--epochs=2', '--batch_size=2']
     first = run(*args, f'--out_dir={tmp_path / "a"}')
     r = result(tmp_path / 'a', 'sst2')
-    assert r['steps'] == 6 and r['splits']['train']['examples'] == 5 and r['splits']['validation']['examples'] == 4
+    assert r['steps'] == 6 and r['splits']['train']['examples'] == 5
+    assert r['splits']['validation']['examples'] == 4
     wanted = [row['label'] for row in rows_of('sst2', 4, 1)]
     lines = (tmp_path / 'a' / 'predictions_seed1337' / 'SST-2.validation.tsv').read_text().split()
     right = [int(p) == w for p, w in zip(lines[3::2], wanted, strict=True)]
     assert r['figures']['SST-2']['score'] == pytest.approx(25 * sum(right))
     assert first.splitlines()[2:6] == run(*args, f'--out_dir={tmp_path / "b"}').splitlines()[2:6]
-    drawn = [run(*args, '--max_train=2', f'--out_dir={tmp_path / "c"}', f'--seed={s}').splitlines() for s in (3, 4)]
+    drawn = [run(*args, '--max_train=2', f'--out_dir={tmp_path / "c"}', f'--seed={s}').splitlines()
+             for s in (3, 4)]
     one, two = ({line for line in lines if '<|endoftext|>' in line} for lines in drawn)
     assert len(one) == len(two) == 2 and one != two  # each seed draws its own
 
@@ -516,8 +577,10 @@ def test_data_from_the_hub(sources, tmp_path, monkeypatch):
     def load_dataset(*args, split, streaming):
         assert split is None and not streaming
         asked.append(args)
-        return datasets.DatasetDict({split: datasets.Dataset.from_list(rows_of('cola', n, n, split != 'test'))
-                                     for split, n in (('train', 20), ('validation', 8), ('test', 6))})
+        splits = {'train': 20, 'validation': 8, 'test': 6}
+        return datasets.DatasetDict({
+            split: datasets.Dataset.from_list(rows_of('cola', n, n, split != 'test'))
+            for split, n in splits.items()})
 
     asked = []
     monkeypatch.setattr(datasets, 'load_dataset', load_dataset)
@@ -525,9 +588,11 @@ def test_data_from_the_hub(sources, tmp_path, monkeypatch):
     run(f'--source={sources["vanilla"]}', '--task=cola', f'--out_dir={out}', '--max_steps=2')
     assert asked == [('nyu-mll/glue', 'cola')]
     r = result(out, 'cola')
-    assert r['splits']['train'] == dict(source='nyu-mll/glue, cola, train', examples=20, truncated=0)
+    assert r['splits']['train'] == dict(source='nyu-mll/glue, cola, train', examples=20,
+                                        truncated=0)
     assert r['settings']['data'] == 'nyu-mll/glue'
-    assert len((out / 'predictions_seed1337' / 'CoLA.tsv').read_text().splitlines()) == 7  # the test split's
+    predictions = (out / 'predictions_seed1337' / 'CoLA.tsv').read_text()
+    assert len(predictions.splitlines()) == 7  # those of the test split
 
     def unreachable(*args, **how):
         raise ConnectionError("Couldn't reach the Hub")
@@ -537,7 +602,7 @@ def test_data_from_the_hub(sources, tmp_path, monkeypatch):
         run(f'--source={sources["vanilla"]}', '--task=rte', f'--out_dir={out}')
 
 
-# ----------------------------------------------------------------------------- GLUE as people have it
+# --------------------------------------------------------------------------- GLUE as people have it
 
 # Of each task in the archive of GLUE's authors: the folder, and a line of names for train and dev.
 ARCHIVE = {
@@ -580,7 +645,8 @@ def archive(folder, task, splits):
         shown = [c for c in columns if not (split.startswith('test') and c in LABEL)]
         lines = [archive_line(task, row, shown) for row in rows]
         if task == 'cola' and split == 'test':
-            shown, lines = ['index', 'sentence'], [f'{n}\t{row["sentence"]}' for n, row in enumerate(rows)]
+            shown = ['index', 'sentence']
+            lines = [f'{n}\t{row["sentence"]}' for n, row in enumerate(rows)]
         head = ['\t'.join(shown)] if shown else []
         file = folder / name / f'{split.replace("validation", "dev")}.tsv'
         file.write_text('\n'.join([*head, *lines, '']), encoding='utf-8')
@@ -635,7 +701,8 @@ def test_the_shards_of_the_hub_are_read_as_they_are(sources, tmp_path):
     for n in range(3):
         write(tmp_path / 'cola' / f'train-{n:05}-of-00003.parquet', rows[8 * n:8 * n + 8])
     write(tmp_path / 'cola' / 'validation-00000-of-00001.parquet', rows_of('cola', 10, 1))
-    args = [f'--source={sources["vanilla"]}', f'--data_dir={tmp_path}', '--max_steps=2', '--task=cola']
+    args = [f'--source={sources["vanilla"]}', f'--data_dir={tmp_path}', '--max_steps=2',
+            '--task=cola']
     run(*args, f'--out_dir={tmp_path}/shards')
     write_task(tmp_path / 'plain', 'cola')
     run(*args, f'--data_dir={tmp_path}/plain', f'--out_dir={tmp_path}/plain_out')
@@ -649,16 +716,19 @@ def test_the_shards_of_the_hub_are_read_as_they_are(sources, tmp_path):
 def test_what_was_found_is_said_where_it_is_not_understood(sources, tmp_path):
     args = [f'--source={sources["vanilla"]}', f'--data_dir={tmp_path}', f'--out_dir={tmp_path}/out']
     (tmp_path / 'SST').mkdir()
-    with pytest.raises(ValueError, match='must hold one folder of sst2, called sst2 or as in the archive '
-                                         'of GLUE; it holds SST'):
+    message = ('must hold one folder of sst2, called sst2 or as in the archive of GLUE; '
+               'it holds SST')
+    with pytest.raises(ValueError, match=message):
         run(*args, '--task=sst2')
     write_task(tmp_path, 'rte')
     os.rename(tmp_path / 'rte', tmp_path / 'RTE')
     write_task(tmp_path, 'rte')
-    with pytest.raises(ValueError, match='must hold one folder of rte, .*; it holds RTE, SST, .*rte'):
+    message = 'must hold one folder of rte, .*; it holds RTE, SST, .*rte'
+    with pytest.raises(ValueError, match=message):
         run(*args, '--task=rte')
-    write(tmp_path / 'qnli' / 'train.jsonl', [dict(question='A?', sentence='B.', label='Entailment')])
-    write(tmp_path / 'qnli' / 'dev.jsonl', [dict(question='A?', sentence='B.', label='entailment')])
+    row = dict(question='A?', sentence='B.')
+    write(tmp_path / 'qnli' / 'train.jsonl', [{**row, 'label': 'Entailment'}])
+    write(tmp_path / 'qnli' / 'dev.jsonl', [{**row, 'label': 'entailment'}])
     with pytest.raises(ValueError, match="train.jsonl, row 1: label is 'Entailment' and must be 0 "
                                          r'\(entailment\), 1 \(not_entailment\)'):
         run(*args, '--task=qnli')
@@ -666,15 +736,16 @@ def test_what_was_found_is_said_where_it_is_not_understood(sources, tmp_path):
 
 @pytest.mark.parametrize('task', ['RTE', 'rte,rte', 'rte, RTE', ' rte'])
 def test_names_of_tasks(task, data, sources, tmp_path):
-    run(f'--source={sources["vanilla"]}', f'--task={task}', f'--data_dir={data}', f'--out_dir={tmp_path}',
-        '--max_steps=1')
+    run(f'--source={sources["vanilla"]}', f'--task={task}', f'--data_dir={data}',
+        f'--out_dir={tmp_path}', '--max_steps=1')
     assert [f.name for f in tmp_path.glob('*.json')] == ['rte_seed1337.json']
 
 
 def test_sts_b_as_the_server_calls_it(data, sources, tmp_path):
     run(f'--source={sources["vanilla"]}', '--task=STS-B,SST-2', f'--data_dir={data}',
         f'--out_dir={tmp_path}', '--max_steps=1')
-    assert sorted(f.name for f in tmp_path.glob('*.json')) == ['sst2_seed1337.json', 'stsb_seed1337.json']
+    names = sorted(f.name for f in tmp_path.glob('*.json'))
+    assert names == ['sst2_seed1337.json', 'stsb_seed1337.json']
 
 
 # ----------------------------------------------------------------------------- what is said
@@ -696,7 +767,8 @@ def test_the_report_says_how_it_was_made(data, sources, tmp_path):
                  f'--out_dir={tmp_path}', '--max_steps=1', '--warmup=0.25', '--learning_rate=3e-4',
                  '--length=48')
     report = (tmp_path / 'results.md').read_text()
-    assert 'Learning rate 0.0003, warm-up over 25% of the steps, at most 48 tokens, float32.' in report
+    recipe = 'Learning rate 0.0003, warm-up over 25% of the steps, at most 48 tokens, float32.'
+    assert recipe in report
     assert 'the paper' not in report and report in stdout
     most = ['entailment', 'not_entailment'][result(tmp_path, 'rte')['baseline_predicts']]
     assert f'always predicting {most}: ' in stdout
@@ -726,7 +798,8 @@ def test_ctrl_c_keeps_whole_epochs_and_says_so(data, sources, tmp_path):
     torch.manual_seed(5)
     run(*args, f'--out_dir={out}')
     assert not part.exists()
-    one, two = (torch.load(tmp_path / n / 'cola_seed1337.pt', weights_only=True) for n in ('whole', 'out'))
+    one, two = (torch.load(tmp_path / n / 'cola_seed1337.pt', weights_only=True)
+                for n in ('whole', 'out'))
     assert one['train_loss'] == two['train_loss'] and one['figures'] == two['figures']
     for key in ('model', 'head'):
         assert all(torch.equal(p, two[key][name]) for name, p in one[key].items())
@@ -739,7 +812,8 @@ def test_what_is_kept_of_other_settings_is_not_gone_on_with(data, sources, tmp_p
     (tmp_path / 'b').mkdir()
     torch.save(state, tmp_path / 'b' / 'rte_seed1337.part.pt')
     run(*args, f'--out_dir={tmp_path / "b"}', '--learning_rate=1e-2')
-    assert result(tmp_path / 'a', 'rte')['train_loss'] == result(tmp_path / 'b', 'rte')['train_loss']
+    one, two = (result(tmp_path / name, 'rte') for name in 'ab')
+    assert one['train_loss'] == two['train_loss']
 
 
 def test_a_place_that_takes_no_results_is_found_before_training(data, sources, tmp_path):
@@ -767,35 +841,51 @@ def test_no_fp64_goes_to_the_device(monkeypatch):
 # ----------------------------------------------------------------------------- mistakes
 
 SPOILT = [
-    ('sst2', 'train.csv', 'sentence,label\nFine.,1\nDull.,2\n', r'train.csv, row 2: label is 2.0 .* 0 \(negative\)'),
-    ('sst2', 'train.csv', 'text,label\nFine.,1\n', "row 1 has no 'sentence', only text, label: sst2 needs the columns"),
-    ('sst2', 'train.csv', 'sentence,label\nFine, or not.,1\n', 'row 1 cannot be read .*more or fewer values'),
+    ('sst2', 'train.csv', 'sentence,label\nFine.,1\nDull.,2\n',
+     r'train.csv, row 2: label is 2.0 .* 0 \(negative\)'),
+    ('sst2', 'train.csv', 'text,label\nFine.,1\n',
+     "row 1 has no 'sentence', only text, label: sst2 needs the columns"),
+    ('sst2', 'train.csv', 'sentence,label\nFine, or not.,1\n',
+     'row 1 cannot be read .*more or fewer values'),
     ('sst2', 'train.csv', 'sentence,label\nFine.,good\n', "row 1: label is 'good' and must be 0"),
-    ('sst2', 'train.csv', 'sentence,label\nFine.,1\n ,0\n', 'row 2 is empty: give it text or delete it'),
+    ('sst2', 'train.csv', 'sentence,label\nFine.,1\n ,0\n',
+     'row 2 is empty: give it text or delete it'),
     ('sst2', 'train.csv', 'sentence,label\n', 'train.csv has no rows'),
     ('sst2', 'train.csv', '', 'train.csv has no rows'),
-    ('sst2', 'train.csv', 'sentence,label\nFine.,1\nCaf\udce9.,1\n', 'train.csv, row . cannot be read .*utf-8'),
-    ('cola', 'validation.tsv', 'sentence\tlabel\nFine.\t1\t2\n', 'validation.tsv, row 1 cannot be read'),
+    ('sst2', 'train.csv', 'sentence,label\nFine.,1\nCaf\udce9.,1\n',
+     'train.csv, row . cannot be read .*utf-8'),
+    ('cola', 'validation.tsv', 'sentence\tlabel\nFine.\t1\t2\n',
+     'validation.tsv, row 1 cannot be read'),
     ('cola', 'validation.tsv', 'sentence\tlabel\nFine.\t0.5\n', 'row 1: label is 0.5'),
-    ('rte', 'train.jsonl', '{"sentence1": "A.", "sentence2": "B.", "label": 1}\n{"sentence1": "A.", "senten',
+    ('rte', 'train.jsonl',
+     '{"sentence1": "A.", "sentence2": "B.", "label": 1}\n{"sentence1": "A.", "senten',
      'train.jsonl, row 2 cannot be read .*repair or delete it'),
     ('rte', 'train.jsonl', '["A.", "B.", 1]\n', 'row 1 cannot be read .it is no object'),
-    ('rte', 'train.jsonl', '{"sentence1": "A.", "label": 1}\n', "row 1 has no 'sentence2', only sentence1, label"),
-    ('rte', 'train.jsonl', '{"sentence1": "A.", "sentence2": null, "label": 1}\n', 'sentence2 is None .* must be text'),
-    ('rte', 'train.jsonl', '{"sentence1": "A.", "sentence2": "\\ud83d", "label": 1}\n', 'sentence2 is .* must be text'),
-    ('rte', 'train.jsonl', '{"sentence1": "A.", "sentence2": "B.", "label": true}\n', 'label is True and must be'),
-    ('rte', 'train.jsonl', '{"sentence1": "A.", "sentence2": "B.", "label": "1"}\n', "label is '1' and must be"),
-    ('rte', 'train.jsonl', '{"sentence1": "A.", "sentence2": "B.", "label": -1}\n', r'label is -1 .*0 \(entailment\)'),
+    ('rte', 'train.jsonl', '{"sentence1": "A.", "label": 1}\n',
+     "row 1 has no 'sentence2', only sentence1, label"),
+    ('rte', 'train.jsonl', '{"sentence1": "A.", "sentence2": null, "label": 1}\n',
+     'sentence2 is None .* must be text'),
+    ('rte', 'train.jsonl', '{"sentence1": "A.", "sentence2": "\\ud83d", "label": 1}\n',
+     'sentence2 is .* must be text'),
+    ('rte', 'train.jsonl', '{"sentence1": "A.", "sentence2": "B.", "label": true}\n',
+     'label is True and must be'),
+    ('rte', 'train.jsonl', '{"sentence1": "A.", "sentence2": "B.", "label": "1"}\n',
+     "label is '1' and must be"),
+    ('rte', 'train.jsonl', '{"sentence1": "A.", "sentence2": "B.", "label": -1}\n',
+     r'label is -1 .*0 \(entailment\)'),
     ('rte', 'train.jsonl', '{"sentence1": "A.", "sentence2": "B."}\n', "has no 'label'"),
     ('rte', 'train.jsonl', '\n', 'train.jsonl has no rows'),
     ('rte', 'train.jsonl', '\n\nnull\n', 'train.jsonl, row 3 cannot be read .it is no object'),
-    ('stsb', 'train.jsonl', '{"sentence1": "A.", "sentence2": "B.", "label": 5.1}\n', 'must be a number from 0 to 5'),
-    ('stsb', 'train.jsonl', '{"sentence1": "A.", "sentence2": "B.", "label": NaN}\n', 'must be a number from 0 to 5'),
+    ('stsb', 'train.jsonl', '{"sentence1": "A.", "sentence2": "B.", "label": 5.1}\n',
+     'must be a number from 0 to 5'),
+    ('stsb', 'train.jsonl', '{"sentence1": "A.", "sentence2": "B.", "label": NaN}\n',
+     'must be a number from 0 to 5'),
     ('mrpc', 'train.parquet', 'no table', 'train.parquet, row 1 cannot be read'),
     ('mrpc', 'train.jsonl', '{}', 'train.parquet are the same split'),
     ('mnli', 'validation_matched.jsonl', None, 'mnli has no split validation_matched: it holds '
      'test_matched.jsonl, .*; give one of validation_matched.jsonl, .*dev_matched.tsv, or shards'),
-    ('qqp', 'train.jsonl', None, 'qqp has no split train: it holds validation.jsonl; give one of train.jsonl, ')]
+    ('qqp', 'train.jsonl', None,
+     'qqp has no split train: it holds validation.jsonl; give one of train.jsonl, ')]
 
 
 @pytest.mark.parametrize('task, file, text, message', SPOILT)
@@ -807,7 +897,8 @@ def test_bad_files(task, file, text, message, sources, tmp_path):
     else:
         path.write_bytes(text.encode(errors='surrogateescape'))
     with pytest.raises(ValueError, match=message) as error:
-        run(f'--source={sources["vanilla"]}', f'--task={task}', f'--data_dir={tmp_path}', f'--out_dir={tmp_path}/out')
+        run(f'--source={sources["vanilla"]}', f'--task={task}', f'--data_dir={tmp_path}',
+            f'--out_dir={tmp_path}/out')
     assert str(tmp_path) in str(error.value) and '\n' not in str(error.value)
     assert not any((tmp_path / 'out').glob('*'))
 
@@ -816,15 +907,19 @@ def test_what_is_not_a_mistake(sources, tmp_path):
     rows = rows_of('qqp', 12, 0)
     rows[3]['question2'] = ''  # two rows of the real QQP are like that
     for split in ('train', 'validation'):
-        write(tmp_path / 'qqp' / f'{split}.jsonl', [{**row, 'label': float(row['label'])} for row in rows])
-    write(tmp_path / 'qqp' / 'test.jsonl', [{c: row[c] for c in COLUMNS['qqp']} for row in rows])  # without labels
-    run(f'--source={sources["vanilla"]}', '--task=qqp', f'--data_dir={tmp_path}', f'--out_dir={tmp_path}/out',
-        '--max_steps=1')
-    assert len((tmp_path / 'out' / 'predictions_seed1337' / 'QQP.tsv').read_text().splitlines()) == 13
+        scored = [{**row, 'label': float(row['label'])} for row in rows]
+        write(tmp_path / 'qqp' / f'{split}.jsonl', scored)
+    unlabelled = [{c: row[c] for c in COLUMNS['qqp']} for row in rows]
+    write(tmp_path / 'qqp' / 'test.jsonl', unlabelled)
+    run(f'--source={sources["vanilla"]}', '--task=qqp', f'--data_dir={tmp_path}',
+        f'--out_dir={tmp_path}/out', '--max_steps=1')
+    predictions = (tmp_path / 'out' / 'predictions_seed1337' / 'QQP.tsv').read_text()
+    assert len(predictions.splitlines()) == 13
 
 
 def test_the_same_rows_in_every_format(tmp_path):
-    rows = [dict(sentence='He said "no", twice.', label=1), dict(sentence='NA', label=0), dict(sentence='ø', label=1)]
+    rows = [dict(sentence='He said "no", twice.', label=1), dict(sentence='NA', label=0),
+            dict(sentence='ø', label=1)]
     for ending in finetune.TABLES:
         path = str(tmp_path / f'a{ending}')
         write(path, rows)
@@ -834,15 +929,18 @@ def test_the_same_rows_in_every_format(tmp_path):
 
 def test_bad_settings(data, sources, tmp_path):
     for args, message in [
-            (['--task=colla'], "must be 'all' or some of sst2,cola"), (['--task=cola,,rte'], "must be 'all' or some"),
-            (['--epochs=2', '--max_steps=5'], 'give one of them'), (['--length=97'], 'from 4 to the 96 positions of'),
-            (['--length=3'], 'from 4 to'), (['--seeds=0'], 'seeds=0 must be at least 1'), (['--seed=-1'], 'at least 0'),
+            (['--task=colla'], "must be 'all' or some of sst2,cola"),
+            (['--task=cola,,rte'], "must be 'all' or some"),
+            (['--epochs=2', '--max_steps=5'], 'give one of them'),
+            (['--length=97'], 'from 4 to the 96 positions of'), (['--length=3'], 'from 4 to'),
+            (['--seeds=0'], 'seeds=0 must be at least 1'), (['--seed=-1'], 'at least 0'),
             (['--warmup=1'], 'share of the steps'), (['--paper_row=MoM_P tiny'], 'MoM_P small'),
-            (['--dtype=float16'], "must be one of 'auto', 'bfloat16'"), ([f'--data_dir={data}/none'],
-             'none must hold one folder of cola, .* it holds nothing'),
+            (['--dtype=float16'], "must be one of 'auto', 'bfloat16'"),
+            ([f'--data_dir={data}/none'], 'none must hold one folder of cola, .* it holds nothing'),
             ([f'--source={data}'], 'no checkpoint at')]:
         with pytest.raises(ValueError, match=message):
-            run(f'--source={sources["vanilla"]}', '--task=cola', f'--data_dir={data}', f'--out_dir={tmp_path}', *args)
+            run(f'--source={sources["vanilla"]}', '--task=cola', f'--data_dir={data}',
+                f'--out_dir={tmp_path}', *args)
     assert not os.listdir(tmp_path)
 
 
@@ -850,6 +948,8 @@ def test_a_loss_that_is_not_finite_stops(data, sources, tmp_path):
     state = torch.load(sources['vanilla'], weights_only=True)
     state['model']['ln_f.weight'][0] = float('nan')
     torch.save(state, tmp_path / 'nan.pt')
-    with pytest.raises(ValueError, match='rte, seed 1337, training, step 1: loss nan.*lower --learning_rate'):
-        run(f'--source={tmp_path / "nan.pt"}', '--task=rte', f'--data_dir={data}', f'--out_dir={tmp_path}/out')
+    message = 'rte, seed 1337, training, step 1: loss nan.*lower --learning_rate'
+    with pytest.raises(ValueError, match=message):
+        run(f'--source={tmp_path / "nan.pt"}', '--task=rte', f'--data_dir={data}',
+            f'--out_dir={tmp_path}/out')
     assert not any((tmp_path / 'out').glob('*'))

@@ -1,4 +1,4 @@
-"""What only a GPU can show; skipped without one. In a dry run, which has no values, that every system gets through:
+"""What only a GPU can show; skipped without one. In a dry run, that every system gets through:
 
   python tests/dry_gpu.py -m pytest tests/test_gpu.py
 """
@@ -15,7 +15,8 @@ if not torch.cuda.is_available():
 SYSTEMS = {**ALL, 'vanilla': dict(chunks='1-1')}
 DRY = 'dry run' in torch.cuda.get_device_name()
 values = pytest.mark.skipif(DRY, reason='a dry run has none')
-grouped = pytest.mark.skipif(not model_py.has_grouped_mm(torch.device('cuda'), 64), reason='this GPU takes the loop')
+grouped = pytest.mark.skipif(not model_py.has_grouped_mm(torch.device('cuda'), 64),
+                             reason='this GPU takes the loop')
 
 
 def build(name, device='cuda'):
@@ -76,4 +77,5 @@ def test_a_system_compiles_to_one_graph(name):
     found = outcome(torch.compile(model, fullgraph=True), idx, torch.bfloat16)
     if not DRY:
         eager = outcome(*build(name), torch.bfloat16)
-        assert (found - eager).norm() < 0.2 * eager.norm()  # fused operations round less, and a few tokens change sides
+        # Fused operations round less, and a few tokens change sides.
+        assert (found - eager).norm() < 0.2 * eager.norm()

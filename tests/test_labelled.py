@@ -1,4 +1,4 @@
-"""What finetune_glue.py and finetune_xsum.py share in common.py: tables, splits, results, the step."""
+"""What finetune_glue.py and finetune_xsum.py share: tables, splits, results, the step."""
 import json
 import math
 
@@ -93,13 +93,16 @@ def test_splits_and_shards(tmp_path):
                 finetune.find_split(str(tmp_path), split, **how)]
 
     touch('trains.jsonl', 'train.txt', 'train.jsonl.bak', 'dev_matched.tsv', 'README.md')
-    assert found('train', optional=True) == [] and found('validation_matched') == ['dev_matched.tsv']
-    for split, looked_for in (('train', 'train.jsonl, train.parquet, train.csv, train.tsv, or shards'),
-                              ('validation', 'validation.tsv, dev.jsonl')):
+    assert found('train', optional=True) == []
+    assert found('validation_matched') == ['dev_matched.tsv']
+    for split, looked_for in (
+            ('train', 'train.jsonl, train.parquet, train.csv, train.tsv, or shards'),
+            ('validation', 'validation.tsv, dev.jsonl')):
         with pytest.raises(ValueError) as error:
             found(split)
-        assert 'it holds README.md, dev_matched.tsv, train.jsonl.bak, train.txt,' in str(error.value)
-        assert looked_for in str(error.value)
+        said = str(error.value)
+        assert 'it holds README.md, dev_matched.tsv, train.jsonl.bak, train.txt,' in said
+        assert looked_for in said
     shards = [f'train-{n:05}-of-00011-0123456789abcdef.parquet' for n in range(11)]
     touch(*shards[1:])
     with pytest.raises(ValueError, match='is one of 11 shards, but 10 are there: fetch the others'):
@@ -156,7 +159,8 @@ def test_padding():
 
 def test_settings_that_are_too_small():
     good = dict(seeds=1, micro_batch=1, seed=0, max_train=0, max_eval=0, epochs=0, batch_size=1,
-                learning_rate=0.0, weight_decay=0.0, grad_clip=0.0, warmup=0.1, beams=1, dtype='auto')
+                learning_rate=0.0, weight_decay=0.0, grad_clip=0.0, warmup=0.1, beams=1,
+                dtype='auto')
     finetune.check_settings(good, beams=1)
     for key, values in dict(learning_rate=(-1.0, math.nan), batch_size=(0,), beams=(0, -1)).items():
         for value in values:

@@ -1,4 +1,4 @@
-"""model.py against independent oracles: transformers' GPT-2, the dense MoM of dense.py, counted FLOPs."""
+"""model.py against independent oracles: transformers' GPT-2, the MoM of dense.py, counted FLOPs."""
 import itertools
 import math
 from functools import partial
@@ -20,22 +20,24 @@ SIZES = {'gpt2': (768, 12, 12, 124_439_808), 'gpt2-medium': (1024, 24, 16, 354_8
 
 
 def tiny(**kw):
-    return MoMConfig(**{**dict(chunks='1-4-1', n_embd=16, n_head=2, block_size=24, vocab_size=50, router_dim=8), **kw})
+    shape = dict(chunks='1-4-1', n_embd=16, n_head=2, block_size=24, vocab_size=50, router_dim=8)
+    return MoMConfig(**{**shape, **kw})
 
 
 def stir(model, seed=0, std=0.3):
-    """Random values everywhere, LayerNorms and biases too, so that no mistake hides behind a zero or a one."""
+    """Random values everywhere, LayerNorms and biases too: no mistake hides behind a 0 or a 1."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):
-            p.copy_(torch.randn(p.shape, generator=generator, dtype=p.dtype) * std + ('ln' in name and 'b' not in name))
+            noise = torch.randn(p.shape, generator=generator, dtype=p.dtype) * std
+            p.copy_(noise + ('ln' in name and 'b' not in name))
     return model
 
 
 def hugging_face(folder, n_embd=64, n_layer=3, n_head=4, **kw):
-    hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(
-        n_embd=n_embd, n_layer=n_layer, n_head=n_head, n_positions=32, vocab_size=211, bos_token_id=0, eos_token_id=0,
-        **kw))
+    config = transformers.GPT2Config(n_embd=n_embd, n_layer=n_layer, n_head=n_head, n_positions=32,
+                                     vocab_size=211, bos_token_id=0, eos_token_id=0, **kw)
+    hf = transformers.GPT2LMHeadModel(config)
     stir(hf.eval(), std=0.05).save_pretrained(folder)
     return hf
 
@@ -60,9 +62,11 @@ def test_gpt2_equals_transformers_at_the_width_of(name, tmp_path):
 def test_every_size_has_the_shapes_of_transformers(name):
     width, layers, heads, count = SIZES[name]
     with torch.device('meta'):
-        hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=width, n_layer=layers, n_head=heads))
+        config = transformers.GPT2Config(n_embd=width, n_layer=layers, n_head=heads)
+        hf = transformers.GPT2LMHeadModel(config)
         model = GPT(MoMConfig(chunks='-'.join('1' * layers), n_embd=width, n_head=heads))
-    ours = [p.shape[1:] if n.startswith('chunks') else p.shape for n, p in model.named_parameters()]  # less N = 1
+    # Without the first axis of a chunk's parameters, which is N = 1.
+    ours = [p.shape[1:] if n.startswith('chunks') else p.shape for n, p in model.named_parameters()]
     assert sorted(map(tuple, ours)) == sorted(tuple(p.shape) for p in hf.parameters())
     assert model.num_params() == (count, 0)
 
@@ -88,9 +92,11 @@ def test_hub_names_fetch_what_a_directory_holds(tmp_path, monkeypatch):
     monkeypatch.setattr('huggingface_hub.hf_hub_download', fetch)
     idx = torch.randint(0, 211, (1, 20))
     assert torch.allclose(GPT.from_pretrained('gpt2-medium')(idx)[0], hf(idx).logits, atol=1e-5)
-    assert asked == [('openai-community/gpt2-medium', f) for f in ('config.json', 'model.safetensors')]
+    assert asked == [('openai-community/gpt2-medium', f)
+                     for f in ('config.json', 'model.safetensors')]
 
-    good = tmp_path / common.sha256(tmp_path / 'model.safetensors')  # the Hub's cache has links to files of such names
+    # The Hub's cache has links to files of such names.
+    good = tmp_path / common.sha256(tmp_path / 'model.safetensors')
     (tmp_path / 'model.safetensors').rename(good)
     (tmp_path / 'model.safetensors').symlink_to(good)
     assert torch.allclose(GPT.from_pretrained('gpt2')(idx)[0], hf(idx).logits, atol=1e-5)
@@ -126,8 +132,10 @@ def test_layers_become_modules(tmp_path):
     hf = hugging_face(tmp_path, n_layer=6)
     model = GPT.from_pretrained(str(tmp_path), chunks='1-4-1', K=2, H=3, router_dim=8, N_F=3)
     layer = hf.transformer.h
-    assert torch.equal(model.chunks[1].attn.qkv_w, torch.stack([layer[i].attn.c_attn.weight for i in (1, 2, 3, 4)]))
-    assert torch.equal(model.chunks[1].ffn.fc_b, torch.stack([layer[i].mlp.c_fc.bias for i in (1, 2, 3)]))
+    qkv_w = torch.stack([layer[i].attn.c_attn.weight for i in (1, 2, 3, 4)])
+    fc_b = torch.stack([layer[i].mlp.c_fc.bias for i in (1, 2, 3)])
+    assert torch.equal(model.chunks[1].attn.qkv_w, qkv_w)
+    assert torch.equal(model.chunks[1].ffn.fc_b, fc_b)
     assert torch.equal(model.chunks[2].ffn.ln_w[0], layer[5].ln_2.weight)
     assert model.chunks[0].router_a is None and model.chunks[1].router_f.E == 4
     short = GPT.from_pretrained(str(tmp_path), block_size=8)
@@ -136,7 +144,8 @@ def test_layers_become_modules(tmp_path):
 
 def test_our_checkpoints_load_the_same_way(tmp_path):
     vanilla = stir(GPT(tiny(chunks='1-1-1-1-1-1')))
-    torch.save({'model': vanilla.state_dict(), 'model_config': vars(vanilla.cfg)}, tmp_path / 'last.pt')
+    torch.save({'model': vanilla.state_dict(), 'model_config': vars(vanilla.cfg)},
+               tmp_path / 'last.pt')
     mom = GPT.from_pretrained(str(tmp_path), chunks='1-4-1', K=3, H=2)
     assert torch.equal(mom.chunks[1].attn.out_w[2], vanilla.chunks[3].attn.out_w[0])
     torch.save({'model': mom.state_dict(), 'model_config': vars(mom.cfg)}, tmp_path / 'mom.pt')
@@ -145,10 +154,12 @@ def test_our_checkpoints_load_the_same_way(tmp_path):
     assert again.cfg == mom.cfg and torch.equal(again(idx)[0], mom(idx)[0])
     with pytest.raises(ValueError, match='assembled already'):
         GPT.from_pretrained(str(tmp_path / 'mom.pt'), chunks='2-2-2')
-    mom = GPT.from_pretrained(str(tmp_path), chunks='1-4-1', K=3, H=2, router_start='layers', weigh_qkv=True)
+    mom = GPT.from_pretrained(str(tmp_path), chunks='1-4-1', K=3, H=2, router_start='layers',
+                              weigh_qkv=True)
     torch.save({'model': mom.state_dict(), 'model_config': vars(mom.cfg)}, tmp_path / 'layers.pt')
-    for file, start, message in [('mom', 'layers', 'has no chunks.1.router_a.bias'),
-                                 ('layers', 'fresh', 'has chunks.1.router_a.bias, for which this model has no place')]:
+    for file, start, message in [
+            ('mom', 'layers', 'has no chunks.1.router_a.bias'),
+            ('layers', 'fresh', 'has chunks.1.router_a.bias, for which this model has no place')]:
         with pytest.raises(ValueError, match=message):
             GPT.from_pretrained(str(tmp_path / f'{file}.pt'), router_start=start, weigh_qkv=True)
 
@@ -159,11 +170,16 @@ def dense_params(model):
     def router(r):
         if r is None or r.gates:  # dense.py has no Mixtral gate
             return None
-        core = (dict(r.gru.named_parameters()) if r.gru else {'hidden_weight': r.mlp.weight, 'hidden_bias': r.mlp.bias})
+        if r.gru:
+            core = dict(r.gru.named_parameters())
+        else:
+            core = {'hidden_weight': r.mlp.weight, 'hidden_bias': r.mlp.bias}
         return {'W': r.out.weight, **core} | ({} if r.bias is None else {'bias': r.bias})
-    return {'wte': model.wte.weight, 'wpe': model.wpe.weight, 'ln_f_w': model.ln_f.weight, 'ln_f_b': model.ln_f.bias,
-            'chunks': [{'attn': dict(c.attn.named_parameters()), 'ffn': dict(c.ffn.named_parameters()),
-                        'router_a': router(c.router_a), 'router_f': router(c.router_f)} for c in model.chunks]}
+    chunks = [{'attn': dict(c.attn.named_parameters()), 'ffn': dict(c.ffn.named_parameters()),
+               'router_a': router(c.router_a), 'router_f': router(c.router_f)}
+              for c in model.chunks]
+    return {'wte': model.wte.weight, 'wpe': model.wpe.weight, 'ln_f_w': model.ln_f.weight,
+            'ln_f_b': model.ln_f.bias, 'chunks': chunks}
 
 
 @pytest.mark.parametrize('case', [dict(K=1, H=3), dict(K=2, H=3), dict(K=2, H=5),
@@ -172,8 +188,8 @@ def test_routers_that_start_at_the_layers_restore_them(case, tmp_path):
     hugging_face(tmp_path)
     idx = torch.randint(0, 211, (2, 20))
     want = GPT.from_pretrained(str(tmp_path))(idx)[0]
-    model = GPT.from_pretrained(str(tmp_path), chunks='3', router_dim=8, router_start='layers', weigh_qkv=True,
-                                **case)
+    model = GPT.from_pretrained(str(tmp_path), chunks='3', router_dim=8, router_start='layers',
+                                weigh_qkv=True, **case)
     near = (model(idx)[0] - want).std()
     with torch.no_grad():
         for router in (model.chunks[0].router_a, model.chunks[0].router_f):
@@ -183,38 +199,45 @@ def test_routers_that_start_at_the_layers_restore_them(case, tmp_path):
     assert 0 < near < 0.05 * (fresh - want).std()
 
 
-CASES = [dict(K=K, H=H, skip=skip) for K, H, skip in itertools.product((1, 2, 3, 4), (1, 2, 6), (True, False))]
-CASES += [dict(K=5, H=2), dict(K=2, H=3, N_A=2, N_F=3), dict(K=4, H=2, N_A=2, skip=False), dict(K=3, H=4, N_A=3, N_F=1),
-          dict(K=2, H=3, router='mlp'), dict(K=3, H=3, router='mlp', router_weights='softmax'),
-          dict(K=2, H=4, router_weights='softmax'), dict(K=4, H=5, router_weights='softmax', tau=1.0, skip=False),
+CASES = [dict(K=K, H=H, skip=skip)
+         for K, H, skip in itertools.product((1, 2, 3, 4), (1, 2, 6), (True, False))]
+CASES += [dict(K=5, H=2), dict(K=2, H=3, N_A=2, N_F=3), dict(K=4, H=2, N_A=2, skip=False),
+          dict(K=3, H=4, N_A=3, N_F=1), dict(K=2, H=3, router='mlp'),
+          dict(K=3, H=3, router='mlp', router_weights='softmax'),
+          dict(K=2, H=4, router_weights='softmax'),
+          dict(K=4, H=5, router_weights='softmax', tau=1.0, skip=False),
           dict(chunks='2-3', K=2, H=2), dict(chunks='4', K=1, H=4, router_dim=1),
-          dict(K=1, H=5, router_start='layers'), dict(K=2, H=3, router_start='layers', weigh_qkv=True),
-          dict(K=2, H=3, weigh_qkv=True),
+          dict(K=1, H=5, router_start='layers'),
+          dict(K=2, H=3, router_start='layers', weigh_qkv=True), dict(K=2, H=3, weigh_qkv=True),
           dict(K=4, H=2, skip=False, router='mlp', router_start='layers', weigh_qkv=True)]
 
 
-@pytest.mark.parametrize('case', CASES, ids=lambda case: ' '.join(f'{k}={v}' for k, v in case.items()))
+@pytest.mark.parametrize(
+    'case', CASES, ids=lambda case: ' '.join(f'{k}={v}' for k, v in case.items()))
 def test_mom_equals_the_dense_one_in_outputs_and_gradients(case):
     cfg = tiny(**{**dict(chunks='1-4', n_embd=8, vocab_size=11, block_size=6), **case})
     model = stir(GPT(cfg).double(), seed=cfg.K * 10 + cfg.H)
     idx = torch.randint(0, 11, (2, 6), generator=torch.Generator().manual_seed(1))
     got, _ = model(idx)
     K_a, K_f = (min(cfg.K, n + cfg.skip) for n in (cfg.N_A or 4, cfg.N_F or 4))
-    want = dense.gpt(idx, dense_params(model), cfg.sizes, n_head=2, H=cfg.H, K_a=K_a, K_f=K_f, skip=cfg.skip,
-                     kind=cfg.router, weights=cfg.router_weights, tau=cfg.tau, weigh_qkv=cfg.weigh_qkv)
+    want = dense.gpt(idx, dense_params(model), cfg.sizes, n_head=2, H=cfg.H, K_a=K_a, K_f=K_f,
+                     skip=cfg.skip, kind=cfg.router, weights=cfg.router_weights, tau=cfg.tau,
+                     weigh_qkv=cfg.weigh_qkv)
     assert (got - want).abs().max() < 1e-10 * want.abs().max()
     params = dict(model.named_parameters())
     probe = torch.randn(got.shape, dtype=torch.float64)
-    for name, ours, theirs in zip(params, torch.autograd.grad((got * probe).sum(), params.values()),
-                                  torch.autograd.grad((want * probe).sum(), params.values(), materialize_grads=True)):
-        assert (ours - theirs).abs().max() <= 1e-9 * max(1, theirs.abs().max()), name
+    ours = torch.autograd.grad((got * probe).sum(), params.values())
+    theirs = torch.autograd.grad((want * probe).sum(), params.values(), materialize_grads=True)
+    for name, g, w in zip(params, ours, theirs):
+        assert (g - w).abs().max() <= 1e-9 * max(1, w.abs().max()), name
 
 
 def test_empty_modules_and_tokens_that_skip_everything():
     model = stir(GPT(tiny(K=1, H=2, chunks='4')).double())
     for router in (model.chunks[0].router_a, model.chunks[0].router_f):
         W = router.out.weight.data
-        W[1], W[4] = W[2] / 2, -W[2]  # module 1 is below module 2 where that is positive, and below SKIP elsewhere
+        # Module 1 is below module 2 where that is positive, and below SKIP elsewhere.
+        W[1], W[4] = W[2] / 2, -W[2]
     idx = torch.randint(0, 50, (3, 20))
     logits, loss = model(idx, idx)
     loss.backward()
@@ -227,7 +250,8 @@ def test_empty_modules_and_tokens_that_skip_everything():
 
 
 def test_sort_rows():
-    ids = torch.tensor([[2, 0], [3, 2], [0, 1]])  # of three tokens, two picks each. N = 3: 3 is SKIP
+    # Of three tokens, two picks each. N = 3: 3 is SKIP.
+    ids = torch.tensor([[2, 0], [3, 2], [0, 1]])
     rows = sort_rows(ids, 3, on_device=False)
     assert rows.token.tolist() == [0, 2, 2, 0, 1, 1] and rows.inverse.tolist() == [3, 0, 5, 4, 1, 2]
     assert rows.sizes == [2, 1, 2, 1]
@@ -239,7 +263,11 @@ def test_sort_rows():
 def test_routing_is_in_full_precision_under_autocast():
     model = stir(GPT(tiny()))
     dtypes = []
-    model.chunks[1].router_a.register_forward_hook(lambda r, args, out: dtypes.extend([out[0].dtype, out[1].dtype]))
+
+    def note(router, args, out):
+        dtypes.extend([out[0].dtype, out[1].dtype])
+
+    model.chunks[1].router_a.register_forward_hook(note)
     with torch.autocast('cpu', torch.bfloat16):
         dtypes.extend(d.weights.dtype for d in model.features(torch.randint(0, 50, (2, 12)))[1][1])
         logits, loss = model(torch.randint(0, 50, (2, 12)), torch.randint(0, 50, (2, 12)))
@@ -250,14 +278,16 @@ def test_routing_is_in_full_precision_under_autocast():
 # ----------------------------------------------------------------------------- costs
 
 def test_flops_of_table_1():
-    for name, tera in {'gpt2': 2.92, 'gpt2-medium': 8.28, 'gpt2-large': 17.76}.items():  # batch 10 x 1,024 tokens
+    # A batch of 10 x 1,024 tokens.
+    for name, tera in {'gpt2': 2.92, 'gpt2-medium': 8.28, 'gpt2-large': 17.76}.items():
         width, layers, heads, _ = SIZES[name]
         with torch.device('meta'):
             model = GPT(MoMConfig(chunks='-'.join('1' * layers), n_embd=width, n_head=heads))
         assert model.flops_per_token(1024) * 10_240 / 1e12 == pytest.approx(tera, rel=2e-3)
 
 
-@pytest.mark.parametrize('case', [dict(skip=False), dict(skip=False, router='mlp'), dict(chunks='1-1')], ids=str)
+@pytest.mark.parametrize('case', [
+    dict(skip=False), dict(skip=False, router='mlp'), dict(chunks='1-1')], ids=str)
 @pytest.mark.parametrize('merged', [True, False])
 def test_flops_formula_counts_what_runs(case, merged, monkeypatch):
     if not merged:
@@ -277,14 +307,17 @@ def test_flops_formula_counts_what_runs(case, merged, monkeypatch):
     want = model.flops_per_token(24, merged=merged)
     if counter.get_total_flops() == 0:  # before torch 2.15 it does not see attention on the CPU
         want -= 4 * 24 * 16 * model.cfg.depth
-    assert counted[1] - counted[0] == want * 5 * 24  # so what does not grow with the tokens, merging, cancels
+    # In the difference, what does not grow with the tokens, merging, cancels.
+    assert counted[1] - counted[0] == want * 5 * 24
     assert (counted[0] == want * 3 * 24) == (not merged or 'chunks' in case)
-    assert (model.flops_per_token(24, merged=True) < model.flops_per_token(24)) == (merged and 'chunks' not in case)
+    saved = model.flops_per_token(24) - model.flops_per_token(24, merged=True)
+    assert (saved > 0) == (merged and 'chunks' not in case)
 
 
 def test_skip_costs_nothing():
-    counted = [GPT(tiny(chunks='4', K=K, H=2)).flops_per_token(24) for K in (4, 5)]  # of 4 modules and SKIP
-    assert counted[0] == counted[1] == GPT(tiny(chunks='4', K=5, H=2)).flops_per_token(24, k_a=4, k_f=4)
+    four, all_five = (GPT(tiny(chunks='4', K=K, H=2)) for K in (4, 5))  # of 4 modules and SKIP
+    want = all_five.flops_per_token(24, k_a=4, k_f=4)
+    assert four.flops_per_token(24) == all_five.flops_per_token(24) == want
     few = GPT(tiny(chunks='4', K=3, H=2, N_A=1, N_F=2))
     assert few.flops_per_token(24) == few.flops_per_token(24, k_a=1, k_f=2)
 
@@ -304,18 +337,22 @@ def test_the_loss_keeps_full_precision_and_an_empty_one_is_0(want_logits):
 # ----------------------------------------------------------------------------- mistakes
 
 @pytest.mark.parametrize('wrong, message', [
-    (dict(K=6), 'take K <= 5'), (dict(K=5, skip=False), 'take K <= 4'), (dict(K=3, N_A=1, N_F=1), 'take K <= 2'),
-    (dict(K=0), 'at least 1'), (dict(H=0), 'at least 1'), (dict(chunks='1-x'), 'joined by'),
-    (dict(chunks=''), 'joined by'), (dict(chunks='4-0'), 'joined by'), (dict(n_head=3), 'multiple of n_head'),
-    (dict(router='lstm'), 'one of gru, mlp, linear'), (dict(router_weights='relu'), 'one of linear, softmax'),
+    (dict(K=6), 'take K <= 5'), (dict(K=5, skip=False), 'take K <= 4'),
+    (dict(K=3, N_A=1, N_F=1), 'take K <= 2'), (dict(K=0), 'at least 1'), (dict(H=0), 'at least 1'),
+    (dict(chunks='1-x'), 'joined by'), (dict(chunks=''), 'joined by'),
+    (dict(chunks='4-0'), 'joined by'), (dict(n_head=3), 'multiple of n_head'),
+    (dict(router='lstm'), 'one of gru, mlp, linear'),
+    (dict(router_weights='relu'), 'one of linear, softmax'),
     (dict(router_weights='softmax', K=1), 'no gradient'), (dict(chunks='1_0'), 'joined by'),
-    (dict(router_weights='softmax', N_A=1, skip=False), 'no gradient'), (dict(tau=math.nan), 'above 0'),
-    (dict(tau=math.inf), 'above 0'), (dict(balance=math.nan), 'at least 0'), (dict(balance=math.inf), 'at least 0'),
+    (dict(router_weights='softmax', N_A=1, skip=False), 'no gradient'),
+    (dict(tau=math.nan), 'above 0'), (dict(tau=math.inf), 'above 0'),
+    (dict(balance=math.nan), 'at least 0'), (dict(balance=math.inf), 'at least 0'),
     (dict(balance=0.1, phi='mod', K=1, chunks='1-1'), "leave it out with phi='mod'"),
-    (dict(N_A=5), 'can keep 1 to 4'),
-    (dict(N_F=-1), 'can keep 1 to 4'), (dict(tau=0.0), 'above 0'), (dict(router_start='x'), 'one of fresh, layers'),
+    (dict(N_A=5), 'can keep 1 to 4'), (dict(N_F=-1), 'can keep 1 to 4'), (dict(tau=0.0), 'above 0'),
+    (dict(router_start='x'), 'one of fresh, layers'),
     (dict(router_start='layers', router_weights='softmax'), "goes with .*not with .*'softmax'"),
-    (dict(router_start='layers', K=2), 'needs weigh_qkv=True'), (dict(weigh_qkv=True, phi='share'), "phi='mom'"),
+    (dict(router_start='layers', K=2), 'needs weigh_qkv=True'),
+    (dict(weigh_qkv=True, phi='share'), "phi='mom'"),
     (dict(router_start='layers', router='linear'), "goes with .*not with .*router='linear'")])
 def test_wrong_shapes_name_the_fix(wrong, message):
     with pytest.raises(ValueError, match=message):
@@ -325,8 +362,10 @@ def test_wrong_shapes_name_the_fix(wrong, message):
 def test_wrong_weights_name_the_fix(tmp_path):
     hugging_face(tmp_path)
     source = str(tmp_path)
-    for overrides, message in [(dict(chunks='4-4'), 'sum to 8, but .* has 3 layers'), (dict(n_embd=32), 'leave it out'),
-                               (dict(block_size=64), '32 positions at most'), (dict(vocab_size=99), 'leave it out')]:
+    for overrides, message in [(dict(chunks='4-4'), 'sum to 8, but .* has 3 layers'),
+                               (dict(n_embd=32), 'leave it out'),
+                               (dict(block_size=64), '32 positions at most'),
+                               (dict(vocab_size=99), 'leave it out')]:
         with pytest.raises(ValueError, match=message):
             GPT.from_pretrained(source, **overrides)
     with pytest.raises(ValueError, match='neither one of gpt2'):

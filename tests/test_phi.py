@@ -1,4 +1,4 @@
-"""Every assembling function phi against an oracle of its own: transformers, the dense loops, or a closed form."""
+"""Every phi against an oracle of its own: transformers, the dense loops, or a closed form."""
 import copy
 import itertools
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from transformers.models.mixtral.modeling_mixtral import MixtralSparseMoeBlock, load_balancing_loss_func
+from transformers.models.mixtral import modeling_mixtral as mixtral
 
 from model import GPT, MoMConfig, assemble, balance_loss, ffn, top_k
 from tests.test_model import dense_params, hugging_face, stir, tiny
@@ -43,12 +43,13 @@ def system(request):
 # ----------------------------------------------------------------------------- all of them
 
 def test_the_dense_loops_over_the_decisions_give_the_same(system):
-    """The assembly beneath every phi: its decisions, carried out one token and one module at a time."""
+    """The assembly beneath every phi: decisions carried out one token and one module at a time."""
     model = build(system, block_size=7)
     idx = torch.randint(0, 50, (2, 7), generator=torch.Generator().manual_seed(2))
     got, decisions = model.features(idx)
     x = model.wte(idx) + model.wpe.weight[:7]
-    for chunk, decided, params in zip(model.chunks, decisions, dense_params(model)['chunks'], strict=True):
+    chunks = dense_params(model)['chunks']
+    for chunk, decided, params in zip(model.chunks, decisions, chunks, strict=True):
         attn, ffn = ({k: p.expand(pool.N, *p.shape[1:]) for k, p in params[kind].items()}
                      for kind, pool in (('attn', chunk.attn), ('ffn', chunk.ffn)))
         made = {(d.kind, d.step): d for d in decided}
@@ -62,12 +63,14 @@ def test_the_dense_loops_over_the_decisions_give_the_same(system):
 
         after = []
         for b in range(2):
-            if chunk.phi == 'mod':  # a block over the chosen tokens alone, its update times the score
+            if chunk.phi == 'mod':
+                # A block over the chosen tokens alone, its update times the score.
                 chosen = [t for t in range(7) if made['T', 0].ids[7 * b + t] == 0]
                 new = x[b].clone()
                 if chosen:
                     y = dense.vanilla_block(x[b:b + 1, chosen], attn, ffn, 2)[0]
-                    new[chosen] = x[b, chosen] + made['T', 0].weights[7 * b:][chosen] * (y - x[b, chosen])
+                    score = made['T', 0].weights[7 * b:][chosen]
+                    new[chosen] = x[b, chosen] + score * (y - x[b, chosen])
                 after.append(new)
                 continue
             y = x[b]
@@ -78,7 +81,8 @@ def test_the_dense_loops_over_the_decisions_give_the_same(system):
         x = torch.stack(after)
     want = dense.layer_norm(x, model.ln_f.weight, model.ln_f.bias)
     assert (got - want).abs().max() < 1e-10 * want.abs().max()
-    counts = {'vanilla': 0, 'mom': 6, 'layer_skip': 8, 'early_exit': 12, 'share': 0, 'moe': 6, 'moe_share': 4, 'mod': 3}
+    counts = {'vanilla': 0, 'mom': 6, 'layer_skip': 8, 'early_exit': 12, 'share': 0, 'moe': 6,
+              'moe_share': 4, 'mod': 3}
     assert sum(map(len, decisions)) == counts.get(system, sum(map(len, decisions)))
 
 
@@ -119,14 +123,15 @@ def test_vanilla_layers_become_each_system(system, tmp_path):
     assert again.cfg == model.cfg and torch.equal(again.eval()(idx)[0], model.eval()(idx)[0])
     if system != 'vanilla':
         with pytest.raises(ValueError, match='assembled already'):
-            GPT.from_pretrained(str(tmp_path / 'last.pt'), chunks='2-2-2', phi='mom', K=2, tied=False, c_share=[],
-                                keep_A=[], keep_F=[], N_F=0)
+            GPT.from_pretrained(str(tmp_path / 'last.pt'), chunks='2-2-2', phi='mom', K=2,
+                                tied=False, c_share=[], keep_A=[], keep_F=[], N_F=0)
 
 
 def ddp_rank(rank, file, out):
-    """One of two gloo processes: the gradients of its half of the batch, averaged by DDP, for every system."""
+    """One of two gloo processes: every system's gradients of its half batch, averaged by DDP."""
     torch.set_num_threads(1)
-    torch.distributed.init_process_group('gloo', init_method=f'file://{file}', rank=rank, world_size=2)
+    torch.distributed.init_process_group('gloo', init_method=f'file://{file}', rank=rank,
+                                         world_size=2)
     got = {}
     for system in SYSTEMS:
         model = build(system).train()
@@ -145,7 +150,8 @@ def ddp_batch():
 
 
 def test_two_processes_give_the_gradients_of_one(tmp_path):
-    torch.multiprocessing.spawn(ddp_rank, (str(tmp_path / 'meet'), str(tmp_path / 'grads.pt')), nprocs=2)
+    files = str(tmp_path / 'meet'), str(tmp_path / 'grads.pt')
+    torch.multiprocessing.spawn(ddp_rank, files, nprocs=2)
     got = torch.load(tmp_path / 'grads.pt', weights_only=True)
     unused = 0
     for system in SYSTEMS:
@@ -153,7 +159,8 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
         idx = ddp_batch()
         model(idx, idx)[1].backward()
         for name, p in model.named_parameters():
-            assert (got[system][name] - p.grad).abs().max() <= 1e-12 * max(1, p.grad.abs().max()), (system, name)
+            off = (got[system][name] - p.grad).abs().max()
+            assert off <= 1e-12 * max(1, p.grad.abs().max()), (system, name)
         for half in (idx[:2], idx[2:]):  # are there modules that no token of a process chose?
             for d in itertools.chain(*model.features(half)[1]):
                 unused += d.N - len(d.ids[d.ids < d.N].unique())
@@ -164,9 +171,11 @@ def test_two_processes_give_the_gradients_of_one(tmp_path):
 
 def test_share_equals_a_gpt2_whose_layers_are_the_same_objects(tmp_path):
     hf = hugging_face(tmp_path, n_layer=6)
-    model = GPT.from_pretrained(str(tmp_path), chunks='1-4-1', phi='share', K=1, c_share=[0, 3, 3, 1, 0])
+    model = GPT.from_pretrained(str(tmp_path), chunks='1-4-1', phi='share', K=1,
+                                c_share=[0, 3, 3, 1, 0])
     h = hf.transformer.h
-    hf.transformer.h = torch.nn.ModuleList([h[0], *(h[1:5][(0, 1, 3)[j]] for j in (0, 2, 2, 1, 0)), h[5]])
+    shared = [h[1:5][(0, 1, 3)[j]] for j in (0, 2, 2, 1, 0)]
+    hf.transformer.h = torch.nn.ModuleList([h[0], *shared, h[5]])
     hf.config.n_layer = 7
     idx = torch.randint(0, 211, (2, 20))
     want = hf(idx, labels=idx, use_cache=False)
@@ -175,9 +184,12 @@ def test_share_equals_a_gpt2_whose_layers_are_the_same_objects(tmp_path):
     loss.backward(), want.loss.backward()
     for pool, i in itertools.product((0, 1, 2), ('qkv', 'out', 'fc', 'proj')):
         layer = h[1 + (0, 1, 3)[pool]]
-        theirs = {'qkv': layer.attn.c_attn, 'out': layer.attn.c_proj, 'fc': layer.mlp.c_fc, 'proj': layer.mlp.c_proj}[i]
-        ours = getattr(model.chunks[1].attn if i in ('qkv', 'out') else model.chunks[1].ffn, i + '_w').grad[pool]
-        assert torch.allclose(ours, theirs.weight.grad, atol=1e-5 * ours.abs().max().item()) and ours.abs().max() > 0
+        theirs = {'qkv': layer.attn.c_attn, 'out': layer.attn.c_proj, 'fc': layer.mlp.c_fc,
+                  'proj': layer.mlp.c_proj}[i]
+        kind = model.chunks[1].attn if i in ('qkv', 'out') else model.chunks[1].ffn
+        ours = getattr(kind, i + '_w').grad[pool]
+        largest = ours.abs().max().item()
+        assert largest > 0 and torch.allclose(ours, theirs.weight.grad, atol=1e-5 * largest)
 
 
 def test_share_stores_what_it_names():
@@ -196,7 +208,7 @@ def test_share_in_order_is_gpt2(tmp_path):
     assert torch.allclose(whole(idx)[0], GPT.from_pretrained(str(tmp_path))(idx)[0], atol=1e-5)
 
 
-# ----------------------------------------------------------------------------- layer-skip and early exit
+# ------------------------------------------------------------------------ layer-skip and early exit
 
 def constant_scores(model, scores):
     """Routers that give every token the scores of its step, scores[h] (E,), whatever it is."""
@@ -210,13 +222,16 @@ def test_layer_skip_that_never_skips_is_vanilla_and_that_always_skips_has_no_lay
     vanilla = stir(GPT(tiny(chunks='1-1-1-1')).double())
     for phi in ('layer_skip', 'early_exit'):
         model = GPT(tiny(chunks='4', phi=phi, K=1)).double()
-        stacked = {name: torch.cat([vanilla.state_dict()[name.replace('chunks.0', f'chunks.{i}')] for i in range(4)])
-                   for name in model.state_dict() if 'attn' in name or 'ffn' in name}
-        model.load_state_dict({**model.state_dict(), **stacked, **{n: w for n, w in vanilla.state_dict().items()
-                                                                    if not n.startswith('chunks')}})
+        ours, theirs = model.state_dict(), vanilla.state_dict()
+        stacked = {name: torch.cat([theirs[name.replace('chunks.0', f'chunks.{i}')]
+                                    for i in range(4)])
+                   for name in ours if 'attn' in name or 'ffn' in name}
+        outside = {name: w for name, w in theirs.items() if not name.startswith('chunks')}
+        model.load_state_dict({**ours, **stacked, **outside})
         idx = torch.randint(0, 50, (2, 12))
         # the scores of the modules that are not module h count for nothing
-        constant_scores(model, [[1.0 if i == h else 7.0 for i in range(4)] + [0.5] for h in range(4)])
+        scores = [[1.0 if i == h else 7.0 for i in range(4)] + [0.5] for h in range(4)]
+        constant_scores(model, scores)
         assert torch.allclose(model(idx)[0], vanilla(idx)[0], rtol=1e-12)
         constant_scores(model, [[1.0] * 4 + [1.5]] * 4)
         straight = vanilla.ln_f(vanilla.wte(idx) + vanilla.wpe.weight[:12]) @ vanilla.wte.weight.T
@@ -242,30 +257,35 @@ def test_layer_skip_compares_module_h_with_skip():
 
 
 def test_early_exit_never_resumes():
+    def stays(skipped):
+        return skipped.long().cummax(0).values.bool()
+
     model = build('early_exit')
     _, decisions = model.features(torch.randint(0, 50, (6, 24)))
     for decided, N in zip(decisions, (2, 4), strict=True):
         order = [(d.step, d.kind) for d in decided]
         assert order == [(h, kind) for h in range(N) for kind in 'AF']
         skipped = torch.stack([d.ids[:, 0] == N for d in decided])
-        assert torch.equal(skipped.long().cummax(0).values.bool(), skipped)  # once true, true to the end
+        assert torch.equal(stays(skipped), skipped)  # once true, true to the end
         assert skipped.any() and not skipped.all()
         assert any((a != b).any() for a, b in itertools.pairwise(skipped))   # some leave midway
     free = build('early_exit', phi='layer_skip')
     _, decisions = free.features(torch.randint(0, 50, (6, 24)))
     skipped = torch.stack([d.ids[:, 0] == 4 for d in decisions[1]])
-    assert not torch.equal(skipped.long().cummax(0).values.bool(), skipped)  # the test can fail: layer-skip resumes
+    assert not torch.equal(stays(skipped), skipped)  # the test can fail: layer-skip resumes
 
 
 # ----------------------------------------------------------------------------- mixture of experts
 
 @pytest.mark.parametrize('phi', ['moe', 'moe_share'])
 def test_moe_equals_the_block_of_mixtral(phi):
-    """A biased GELU expert with its LayerNorm is an unbiased SwiGLU expert over [x, 1] whose `up` half is constant."""
+    """A biased GELU expert with its LayerNorm is an unbiased SwiGLU expert over [x, 1] whose `up`
+    half is constant."""
     E, C, K = 4, 16, 2
-    model = stir(GPT(tiny(phi=phi, chunks='1-1' if phi == 'moe' else '4', K=K, experts=E, **MIXTRAL)), std=0.2)
+    chunks = '1-1' if phi == 'moe' else '4'
+    model = stir(GPT(tiny(phi=phi, chunks=chunks, K=K, experts=E, **MIXTRAL)), std=0.2)
     chunk, h = model.chunks[-1], 0 if phi == 'moe' else 2
-    block = MixtralSparseMoeBlock(transformers.MixtralConfig(
+    block = mixtral.MixtralSparseMoeBlock(transformers.MixtralConfig(
         hidden_size=C + 1, intermediate_size=4 * C + 1, num_local_experts=E, num_experts_per_tok=K,
         hidden_act='gelu_pytorch_tanh', router_jitter_noise=0.0, experts_implementation='eager'))
     gate = chunk.router_f.gates.weight.view(-1, E, C)[h]
@@ -277,10 +297,12 @@ def test_moe_equals_the_block_of_mixtral(phi):
             gate_w, up_w = block.experts.gate_up_proj[e].chunk(2)
             gate_w[:-1, :-1] = (m.ln_w[:, None] * m.fc_w).T
             gate_w[:-1, -1] = m.ln_b @ m.fc_w + m.fc_b
-            gate_w[-1, -1] = 1.0   # one more hidden unit, always gelu(1), carries the bias of the output
             up_w[:, -1] = 1.0
-            block.experts.down_proj[e, :-1, :-1] = m.proj_w.T
-            block.experts.down_proj[e, :-1, -1] = m.proj_b / F.gelu(torch.tensor(1.0), approximate='tanh')
+            down_w = block.experts.down_proj[e]
+            down_w[:-1, :-1] = m.proj_w.T
+            # One more hidden unit, always gelu(1), carries the bias of the output.
+            gate_w[-1, -1] = 1.0
+            down_w[:-1, -1] = m.proj_b / F.gelu(torch.tensor(1.0), approximate='tanh')
     x = torch.randn(2, 30, C)
     hat = F.pad(F.layer_norm(x, (C,)), (0, 1), value=1.0)
     logits, weights, ids = block.gate(hat)
@@ -291,28 +313,33 @@ def test_moe_equals_the_block_of_mixtral(phi):
     assert torch.allclose(ours.view(2, 30, C), block(hat)[..., :-1], atol=1e-5)
     assert ours.std() > 0.1 and len(ids.unique()) == E
     # and the balance loss: Mixtral counts K picks per token as K, Switch as one
-    assert torch.allclose(K * balance_loss(chunk.router_f(x.view(-1, C), None, h)[0], ids, 1.0),
-                          load_balancing_loss_func((logits,), E, K), rtol=1e-5)
+    loss = balance_loss(chunk.router_f(x.view(-1, C), None, h)[0], ids, 1.0)
+    want = mixtral.load_balancing_loss_func((logits,), E, K)
+    assert torch.allclose(K * loss, want, rtol=1e-5)
 
 
 def test_experts_start_as_copies(tmp_path):
     hugging_face(tmp_path)
     settings = dict(phi='moe', K=2, experts=4, **MIXTRAL)
-    model, vanilla = GPT.from_pretrained(str(tmp_path), **settings), GPT.from_pretrained(str(tmp_path))
+    model = GPT.from_pretrained(str(tmp_path), **settings)
+    vanilla = GPT.from_pretrained(str(tmp_path))
     idx = torch.randint(0, 211, (2, 20))
-    assert torch.allclose(model(idx)[0], vanilla(idx)[0], atol=1e-5)  # renormalised weights of copies sum to the layer
+    # The weights are renormalised: copies of a layer sum to that layer.
+    assert torch.allclose(model(idx)[0], vanilla(idx)[0], atol=1e-5)
 
 
 def test_balance_loss_by_hand():
     r = torch.tensor([[2.0, 1.0, 0.0], [0.0, 1.0, 3.0]])
     ids, weights = top_k(r, 2, 'softmax', 1.0)
     assert ids.tolist() == [[0, 1], [2, 1]]
-    p = [[0.66524096, 0.24472847, 0.09003057], [0.04201007, 0.11419520, 0.84379473]]  # softmax, by a calculator
+    # The softmax of r, by a calculator.
+    p = [[0.66524096, 0.24472847, 0.09003057], [0.04201007, 0.11419520, 0.84379473]]
     share = [1 / 4, 2 / 4, 1 / 4]
     want = 3 * sum(f * (a + b) / 2 for f, a, b in zip(share, *p))
     assert balance_loss(r, ids, 1.0).item() == pytest.approx(want, rel=1e-6)
     even = torch.zeros(3, 3) + torch.eye(3) * 1e-6
-    assert balance_loss(even, top_k(even, 1, 'linear', 1.0)[0], 1.0).item() == pytest.approx(1, rel=1e-4)
+    even_ids = top_k(even, 1, 'linear', 1.0)[0]
+    assert balance_loss(even, even_ids, 1.0).item() == pytest.approx(1, rel=1e-4)
     assert balance_loss(r * 20, ids, 1.0) != balance_loss(r, ids, 1.0)  # it is no constant
 
 
@@ -328,12 +355,14 @@ def test_the_balance_loss_moves_the_routers_and_not_the_reported_loss(system):
         grads.append({n: p.grad for n, p in model.named_parameters()})
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
     last = max(i for i, c in enumerate(plain.chunks) if c.router_f)
-    moved = [n for n in grads[0] if not torch.allclose(grads[0][n], grads[1][n], rtol=1e-6, atol=1e-12)]
+    moved = [n for n in grads[0]
+             if not torch.allclose(grads[0][n], grads[1][n], rtol=1e-6, atol=1e-12)]
     assert any(n.startswith(f'chunks.{last}.router_f') for n in moved)
     assert not any(n.startswith(f'chunks.{last + 1}') for n in moved)
     # descending it alone evens the load out
     before = [balance_loss_of(balanced, idx)]
-    optimizer = torch.optim.Adam([p for n, p in balanced.named_parameters() if 'router' in n], lr=1e-2)
+    routers = [p for n, p in balanced.named_parameters() if 'router' in n]
+    optimizer = torch.optim.Adam(routers, lr=1e-2)
     for _ in range(30):
         optimizer.zero_grad()
         sum(d.aux for c in balanced.features(idx)[1] for d in c).backward()
@@ -345,7 +374,8 @@ def test_the_balance_loss_takes_the_probabilities_of_the_weights():
     idx = torch.randint(0, 50, (2, 20))
 
     def at(tau, router_weights):
-        return balance_loss_of(build('mom', balance=1.0, tau=tau, router_weights=router_weights).train(), idx)
+        model = build('mom', balance=1.0, tau=tau, router_weights=router_weights).train()
+        return balance_loss_of(model, idx)
     assert at(0.2, 'linear') == at(1.0, 'linear')  # tau is of the softmax weights: Switch has none
     assert at(0.2, 'softmax') != at(1.0, 'softmax') == at(1.0, 'softmax')
 
@@ -363,7 +393,8 @@ def test_mod_takes_any_router(router):
     logits, loss = model.train()(idx, idx)
     loss.backward()
     assert model.chunks[1].router_t.out.weight.grad.abs().sum() > 0
-    assert torch.allclose(logits[1:2], model(idx[1:2])[0], rtol=1e-10)  # sequences do not see each other
+    alone = model(idx[1:2])[0]  # sequences do not see each other
+    assert torch.allclose(logits[1:2], alone, rtol=1e-10)
 
 
 def test_mod_at_full_capacity_with_gate_one_is_vanilla():
@@ -404,7 +435,8 @@ def test_a_fresh_predictor_of_mod_lets_about_as_many_through_as_training():
         assert torch.sigmoid(torch.tensor(bias)).item() == pytest.approx(0.125)
     _, decisions = model.features(torch.randint(0, 50, (4, 24)))
     assert all((d.ids == 0).float().mean() < 0.3 for decided in decisions for d in decided)
-    assert GPT(tiny(chunks='1-1', phi='mod', K=1, capacity=1.0)).chunks[1].predictor[-1].bias.isfinite()
+    full = GPT(tiny(chunks='1-1', phi='mod', K=1, capacity=1.0))
+    assert full.chunks[1].predictor[-1].bias.isfinite()
 
 
 def test_mod_where_no_token_is_chosen():
@@ -423,11 +455,13 @@ def test_mod_where_no_token_is_chosen():
 
 @pytest.mark.parametrize('H', [1, 3])
 def test_all_of_n_equal_modules_with_weights_that_sum_to_one(H):
-    """Closed form. N equal modules, all selected: q, k and v are unweighted sums, so N times those of one module (Eq.
-    5); output projections and FFNs are sums with weights of total 1, so those of one. Hence a step is the vanilla block
-    with qkv_w and qkv_b times N, and H steps are H times that block."""
+    """Closed form. N equal modules, all selected: q, k and v are unweighted sums, so N times those
+    of one module (Eq. 5); output projections and FFNs are sums with weights of total 1, so those of
+    one. Hence a step is the vanilla block with qkv_w and qkv_b times N, and H steps are H times
+    that block."""
     N = 4
-    model = stir(GPT(tiny(chunks='1-4', K=N, H=H, skip=False, router_weights='softmax', tied=True)).double())
+    settings = dict(chunks='1-4', K=N, H=H, skip=False, router_weights='softmax')
+    model = stir(GPT(tiny(**settings, tied=True)).double())
     block = stir(GPT(tiny(chunks='1-1', phi='mom')).double())
     vanilla = GPT(tiny(chunks='-'.join('1' * (1 + H)))).double()
     state = {}
@@ -442,17 +476,20 @@ def test_all_of_n_equal_modules_with_weights_that_sum_to_one(H):
     assert torch.allclose(got, want, rtol=1e-10, atol=1e-10)
     assert not torch.allclose(got, block(idx)[0])
     # the same for separately stored modules that happen to be equal
-    loose = GPT(tiny(chunks='1-4', K=N, H=H, skip=False, router_weights='softmax')).double()
-    loose.load_state_dict({n: model.state_dict()[n].expand_as(p) for n, p in loose.state_dict().items()})
+    loose = GPT(tiny(**settings)).double()
+    tied = model.state_dict()
+    loose.load_state_dict({n: tied[n].expand_as(p) for n, p in loose.state_dict().items()})
     assert torch.allclose(loose(idx)[0], want, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize('R', [1, 3, 16, 40])
 @pytest.mark.parametrize('router', ['gru', 'mlp'])
 def test_router_dim_from_one_to_beyond_the_width(router, R):
-    model = stir(GPT(tiny(router=router, router_dim=R, K=2, H=2)).double(), std=0.1)  # at R = 1 a GELU can be 0: ties
+    # A small std, as at R = 1 a GELU can be 0: ties.
+    model = stir(GPT(tiny(router=router, router_dim=R, K=2, H=2)).double(), std=0.1)
     idx = torch.randint(0, 50, (1, 6))
-    want = dense.gpt(idx, dense_params(model), [1, 4, 1], n_head=2, H=2, K_a=2, K_f=2, skip=True, kind=router)
+    want = dense.gpt(idx, dense_params(model), [1, 4, 1], n_head=2, H=2, K_a=2, K_f=2, skip=True,
+                     kind=router)
     assert torch.allclose(model(idx)[0], want, rtol=1e-10)
 
 
@@ -460,7 +497,8 @@ def test_router_dim_from_one_to_beyond_the_width(router, R):
 def test_any_chunking(chunks):
     model = stir(GPT(tiny(chunks=chunks, K=2, H=2)).double())
     idx = torch.randint(0, 50, (1, 6))
-    want = dense.gpt(idx, dense_params(model), model.cfg.sizes, n_head=2, H=2, K_a=2, K_f=2, skip=True)
+    want = dense.gpt(idx, dense_params(model), model.cfg.sizes, n_head=2, H=2, K_a=2, K_f=2,
+                     skip=True)
     assert torch.allclose(model(idx)[0], want, rtol=1e-10) and model.cfg.n_layer == 6
 
 
@@ -468,22 +506,28 @@ def test_any_chunking(chunks):
 
 @pytest.mark.parametrize('wrong, message', [
     (dict(phi='mixture'), 'one of mom, layer_skip'), (dict(phi='layer_skip'), 'must be K=1'),
-    (dict(phi='early_exit', K=1, skip=False), 'needs skip=True'), (dict(phi='layer_skip', K=1, N_F=2), 'leave N_F'),
+    (dict(phi='early_exit', K=1, skip=False), 'needs skip=True'),
+    (dict(phi='layer_skip', K=1, N_F=2), 'leave N_F'),
     (dict(phi='share', K=1), 'numbers from 0 to 3, such as \\[0, 0, 2, 2\\]'),
     (dict(phi='share', K=1, c_share=[0, 4]), 'numbers from 0 to 3'),
     (dict(phi='share', K=1, c_share=[0, 2], N_F=2), 'leave N_F'),
-    (dict(phi='share', K=1, c_share=[0, -1]), 'numbers from 0'), (dict(phi='share', K=1, c_share=[.5]), 'numbers'),
+    (dict(phi='share', K=1, c_share=[0, -1]), 'numbers from 0'),
+    (dict(phi='share', K=1, c_share=[.5]), 'numbers'),
     (dict(phi='share', c_share=[0]), 'must be K=1'),
-    (dict(phi='moe'), "chunks='1-4-1' must be '1-1-1-1-1-1'"), (dict(phi='mod', K=1), "must be '1-1-1-1-1-1'"),
+    (dict(phi='moe'), "chunks='1-4-1' must be '1-1-1-1-1-1'"),
+    (dict(phi='mod', K=1), "must be '1-1-1-1-1-1'"),
     (dict(phi='moe', chunks='1-1', experts=2, K=3, skip=False), 'take K <= 2'),
     (dict(phi='moe_share', K=4, N_F=2), 'take K <= 3'), (dict(phi='moe_share', N_A=2), 'leave N_A'),
     (dict(phi='layer_skip', K=1, router_weights='softmax'), 'no gradient'),
     (dict(phi='mod', K=1, chunks='1-1', capacity=0.0), '0 < capacity <= 1'),
     (dict(phi='mod', K=1, chunks='1-1', capacity=1.5), '0 < capacity <= 1'),
-    (dict(phi='mod', K=1, chunks='1'), 'nothing to route'), (dict(phi='share', K=1, chunks='1-1'), 'nothing to route'),
-    (dict(phi='moe_share', tied=True), "tied=True .MoM-same. goes with"), (dict(balance=-1.0), 'balance=-1.0'),
-    (dict(keep_A=[0, 4]), 'different modules of a chunk of 4: 0 to 3'), (dict(keep_F=[1, 1]), 'different modules'),
-    (dict(keep_A=[0], N_A=1), 'say the same thing'), (dict(keep_A=[0], keep_F=[1], K=3), 'take K <= 2')])
+    (dict(phi='mod', K=1, chunks='1'), 'nothing to route'),
+    (dict(phi='share', K=1, chunks='1-1'), 'nothing to route'),
+    (dict(phi='moe_share', tied=True), "tied=True .MoM-same. goes with"),
+    (dict(balance=-1.0), 'balance=-1.0'),
+    (dict(keep_A=[0, 4]), 'different modules of a chunk of 4: 0 to 3'),
+    (dict(keep_F=[1, 1]), 'different modules'), (dict(keep_A=[0], N_A=1), 'say the same thing'),
+    (dict(keep_A=[0], keep_F=[1], K=3), 'take K <= 2')])
 def test_combinations_that_cannot_be_name_the_fix(wrong, message):
     with pytest.raises(ValueError, match=message):
         tiny(**wrong)

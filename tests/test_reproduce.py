@@ -1,4 +1,4 @@
-"""reproduce.py as a user runs it, at a scale of seconds, and its report on folders of made-up runs."""
+"""reproduce.py as a user runs it, at a scale of seconds, and its report on made-up runs."""
 import csv
 import json
 import lzma
@@ -20,14 +20,15 @@ STEPS = [60, 12]
 
 
 def reproduce(text, out, *args, fails=False):  # noqa: F811
-    done = subprocess.run(arguments(text, out, *args), cwd=common.ROOT, env=ENV, capture_output=True, text=True)
+    done = subprocess.run(arguments(text, out, *args), cwd=common.ROOT, env=ENV,
+                          capture_output=True, text=True)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stderr if fails else done.stdout
 
 
 def arguments(text, out, *args):  # noqa: F811
-    return command('reproduce.py', '--scale=tiny', f'--data_dir={text}', f'--out_dir={out}', '--device=cpu',
-                   f'--steps={STEPS}'.replace(' ', ''), '--workers=2', *args)
+    return command('reproduce.py', '--scale=tiny', f'--data_dir={text}', f'--out_dir={out}',
+                   '--device=cpu', f'--steps={STEPS}'.replace(' ', ''), '--workers=2', *args)
 
 
 def results(out):
@@ -39,22 +40,27 @@ def log(folder):
         return list(csv.DictReader(f))
 
 
-def make_up(out, name, loss, rate=0.01, seed=1, needs='phase_one', steps=STEPS[1], data_dir='data/sotu_bytes', **model):
-    """The folder of a finished run that ended with this loss: settings and log without any training."""
+def make_up(out, name, loss, rate=0.01, seed=1, needs='phase_one', steps=STEPS[1],
+            data_dir='data/sotu_bytes', **model):
+    """The folder of a finished run that ended with this loss: settings and log, no training."""
     folder = out / f'{name}_lr{rate:g}_seed{seed}'
     folder.mkdir(parents=True)
     first = name in ('phase_one', 'scratch')
     start = {'': 'scratch', 'phase_one': str(out / 'phase_one_lr0.01_seed1' / 'last.pt'),
              'scratch': str(out / f'scratch_lr{rate:g}_seed{seed}' / 'last.pt')}[needs]
-    shape = dict(chunks='1-1-4-1-1' if model else '1-1-1-1-1-1-1-1', n_embd=C, n_head=2, block_size=T)
+    chunks = '1-1-4-1-1' if model else '1-1-1-1-1-1-1-1'
+    shape = dict(chunks=chunks, n_embd=C, n_head=2, block_size=T)
     shape.update(dict(router_dim=8, **model) if model else {})
     settings = dict(shape, batch_size=B, eval_tokens=512, data_dir=str(data_dir), init_from=start,
                     seed=1000 * seed + (337 if first else 338), max_steps=steps, learning_rate=rate,
                     eval_every=-(-steps // 4))
-    meta = dict(train_sha256=common.sha256(data_dir / 'train.bin') if data_dir != 'data/sotu_bytes' else '')
-    torch.save(dict(model={}, model_config=dict(shape, vocab_size=V), settings=settings, step=steps, meta=meta),
-               folder / 'last.pt')
-    rows = ['step,loss,lr,grad_norm,ms,tokens_per_s,val_loss,val_bits_per_byte,k_a,k_f', '0,,,,,,5.5,8,1.5,1.25']
+    made_up = data_dir == 'data/sotu_bytes'
+    meta = dict(train_sha256='' if made_up else common.sha256(data_dir / 'train.bin'))
+    content = dict(model={}, model_config=dict(shape, vocab_size=V), settings=settings, step=steps,
+                   meta=meta)
+    torch.save(content, folder / 'last.pt')
+    rows = ['step,loss,lr,grad_norm,ms,tokens_per_s,val_loss,val_bits_per_byte,k_a,k_f',
+            '0,,,,,,5.5,8,1.5,1.25']
     rows += [f'{n},5,0.01,1.5,20,3200,,,,' for n in range(1, steps + 1)]
     rows += [f'{steps},,,,,,{loss},{loss / np.log(2)},2,1.75']
     (folder / 'log.csv').write_text('\n'.join(rows) + '\n')
@@ -66,9 +72,11 @@ def dense_flops():  # of a training step of the vanilla model
 
 @pytest.fixture(scope='module')
 def run(text, tmp_path_factory):  # noqa: F811
-    """Figure 5 and Table 2, of which most cells are there; killed in its first cells, and begun again."""
-    out, mom = tmp_path_factory.mktemp('reproduce') / 'run', dict(K=2, H=6, skip=True, data_dir=text)
-    make_up(out, 'k1h4_gru_scratch', 3.4, needs='', data_dir=text, K=1, H=4, skip=False, router='gru')
+    """Figure 5 and Table 2, with most cells there; killed in its first cells, and begun again."""
+    out = tmp_path_factory.mktemp('reproduce') / 'run'
+    mom = dict(K=2, H=6, skip=True, data_dir=text)
+    make_up(out, 'k1h4_gru_scratch', 3.4, needs='', data_dir=text, K=1, H=4, skip=False,
+            router='gru')
     make_up(out, 'k1h4_mlp', 3.5, data_dir=text, K=1, H=4, skip=False, router='mlp')
     make_up(out, 'scratch', 9.0, needs='', steps=STEPS[0], **mom)
     make_up(out, 'scratch_more', 3.5, needs='scratch', **mom)
@@ -106,21 +114,28 @@ def test_the_report_says_what_the_logs_say(run):
     rows = {row['cell']: row for row in results(out)['rows']['fig5']}
     markdown = (out / 'results.md').read_text()
     phase_one = STEPS[0] * dense_flops()
-    for name, router in (('k1h4_gru', 3 * 8 * (C + 8) + 8 * 4), ('k1h4_mlp_scratch', 8 * C + 8 * 4)):
+    routers = {'k1h4_gru': 3 * 8 * (C + 8) + 8 * 4, 'k1h4_mlp_scratch': 8 * C + 8 * 4}
+    for name, router in routers.items():
         folder = out / f'{name}_lr0.01_seed1'
         last = [row for row in log(folder) if row['val_loss']][-1]
         one, = rows[name]['runs']
-        assert one['loss'] == float(last['val_loss']) and int(last['step']) == one['steps'] == STEPS[1]
+        assert one['loss'] == float(last['val_loss'])
+        assert int(last['step']) == one['steps'] == STEPS[1]
         assert one['bits_per_byte'] == float(last['val_bits_per_byte'])
         # K1H4 without SKIP does the vanilla model's work, and asks two routers four times
-        assert one['pflops'] * 1e15 == pytest.approx(STEPS[1] * (dense_flops() + 3 * B * T * 2 * 4 * 2 * router))
+        flops = STEPS[1] * (dense_flops() + 3 * B * T * 2 * 4 * 2 * router)
+        assert one['pflops'] * 1e15 == pytest.approx(flops)
         before = 0 if 'scratch' in name else phase_one
         assert one['pflops_in_all'] * 1e15 == pytest.approx(one['pflops'] * 1e15 + before)
-        norms = [float(row['grad_norm']) for row in log(folder) if row['grad_norm'] and int(row['step']) > 1]
-        assert one['spikes'] == pytest.approx(np.quantile(norms, 0.99) / statistics.median(norms), rel=0.05)
-        assert f'| 1 | {one["loss"]:.3f} | {np.exp(one["loss"]):.2f} | {one["bits_per_byte"]:.3f} |' in markdown
-    loss = {name: rows[name]['runs'][0]['loss'] for name in ('k1h4_mlp_scratch', 'k1h4_gru')}
-    assert rows['k1h4_mlp_scratch']['difference'][0] == pytest.approx(loss['k1h4_mlp_scratch'] - loss['k1h4_gru'])
+        norms = [float(row['grad_norm']) for row in log(folder)
+                 if row['grad_norm'] and int(row['step']) > 1]
+        spikes = np.quantile(norms, 0.99) / statistics.median(norms)
+        assert one['spikes'] == pytest.approx(spikes, rel=0.05)
+        loss, bits = one['loss'], one['bits_per_byte']
+        assert f'| 1 | {loss:.3f} | {np.exp(loss):.2f} | {bits:.3f} |' in markdown
+    names = 'k1h4_mlp_scratch', 'k1h4_gru'
+    scratch, two_phase = (rows[name]['runs'][0]['loss'] for name in names)
+    assert rows['k1h4_mlp_scratch']['difference'][0] == pytest.approx(scratch - two_phase)
     saved = torch.load(out / 'k1h4_gru_lr0.01_seed1' / 'last.pt', weights_only=True)
     assert saved['settings']['init_from'].endswith('phase_one_lr0.01_seed1/last.pt')
     assert saved['model_config']['router'] == 'gru' and not saved['model_config']['skip']
@@ -131,16 +146,19 @@ def test_finished_cells_are_kept_and_close_ones_get_another_seed(run):
     out, _, stdout, there, _ = run
     now = {path: path.stat().st_mtime_ns for path in out.glob('*/log.csv')}
     assert there.items() <= now.items()
+    seeds = {'phase_one': 1, 'k1h4_gru': 1, 'k1h4_mlp_scratch': 1, 'k2h6s': 2, 'k1h1s': 1}
     assert {path.parent.name for path in now.keys() - there.keys()} == {
-        f'{name}_lr0.01_seed{seed}' for name, seed in (('phase_one', 1), ('k1h4_gru', 1), ('k1h4_mlp_scratch', 1),
-                                                       ('k2h6s', 2), ('k1h1s', 1))}
-    assert 'seeds for what is close: 1 trainings to do' in stdout and '1/1 k2h6s_lr0.01_seed2' in stdout
+        f'{name}_lr0.01_seed{seed}' for name, seed in seeds.items()}
+    assert 'seeds for what is close: 1 trainings to do' in stdout
+    assert '1/1 k2h6s_lr0.01_seed2' in stdout
     rows = {row['cell']: row for row in results(out)['rows']['table2']}
     runs = rows['k2h6s']['runs']
-    assert len(runs) == 2 and rows['k2h6s']['std'] == pytest.approx(np.std([r['loss'] for r in runs], ddof=1))
+    assert len(runs) == 2
+    assert rows['k2h6s']['std'] == pytest.approx(np.std([r['loss'] for r in runs], ddof=1))
     mean, error, n = rows['k2h6s']['difference']
     pairs = np.array([2.99 - 3.0, runs[1]['loss'] - 3.01])
-    assert (mean, error, n) == (pytest.approx(pairs.mean()), pytest.approx(pairs.std(ddof=1) / np.sqrt(2)), 2)
+    assert mean == pytest.approx(pairs.mean()) and n == 2
+    assert error == pytest.approx(pairs.std(ddof=1) / np.sqrt(2))
     assert len(rows['same']['runs']) == 1  # 0.021 is not close
     # the method's FLOPs, with the mean of the modules that the log says were chosen: 1.75 and 1.5
     chunk = 6 * ((8 * 1.75 + 16 * 1.5) * C * C + 4 * T * C + 2 * 2 * (3 * 8 * (C + 8) + 8 * 5))
@@ -161,7 +179,8 @@ def test_chosen_cells_alone_are_trained_and_all_that_is_there_is_reported(run, t
 def test_other_settings_are_refused(run, text):  # noqa: F811
     error = reproduce(text, run[0], '--only=fig5', '--steps=[60,13]', fails=True)
     assert error.startswith('reproduce.py: error: ') and error.count('\n') == 1
-    assert re.search(r'k1h4_\w+_lr0.01_seed1 holds a run with max_steps=12, not 13: ask for the same', error), error
+    want = r'k1h4_\w+_lr0.01_seed1 holds a run with max_steps=12, not 13: ask for the same'
+    assert re.search(want, error), error
 
 
 def test_verdicts_and_learning_rates_on_made_up_numbers(tmp_path):
@@ -170,7 +189,8 @@ def test_verdicts_and_learning_rates_on_made_up_numbers(tmp_path):
     for rate, vanilla, k2h4s in ((0.01, 3.3, 3.2), (0.02, 3.1, 3.4)):
         make_up(out, 'vanilla', vanilla, rate)
         make_up(out, 'k2h4s', k2h4s, rate, K=2, H=4, skip=True)
-    for seed, two_phase, scratch_more, same in ((1, 3.0, 3.05, 3.05), (2, 3.2, 3.30, 3.27), (3, 3.1, 3.15, 3.15)):
+    for seed, two_phase, scratch_more, same in (
+            (1, 3.0, 3.05, 3.05), (2, 3.2, 3.30, 3.27), (3, 3.1, 3.15, 3.15)):
         make_up(out, 'k2h6s', two_phase, seed=seed, **mom)
         make_up(out, 'same', same, seed=seed, tied=True, **mom)
         make_up(out, 'scratch', 3.59, seed=seed, needs='', steps=STEPS[0], **mom)
@@ -178,36 +198,46 @@ def test_verdicts_and_learning_rates_on_made_up_numbers(tmp_path):
     make_up(out, 'k2h6s', 2.0, 0.02, **mom)  # not the rate that K2H4S does best with
     make_up(out, 'vanilla_x1.7', 3.02, 0.02, steps=20)
     make_up(out, 'vanilla_x3.2', 2.9, 0.02, steps=38)
-    make_up(out, 'mod', 3.3, phi='mod', K=1, chunks='1-1-1-1-1-1-1-1', capacity=0.125, router='linear')
+    make_up(out, 'mod', 3.3, phi='mod', K=1, chunks='1-1-1-1-1-1-1-1', capacity=0.125,
+            router='linear')
     make_up(out, 'k1h1s', 3.0, K=1, H=1, skip=True)
-    unfinished = out / 'k1h1s_lr0.01_seed1' / 'log.csv'  # all steps taken, and stopped in the evaluation after them
+    # All its steps are taken, and it was stopped in the evaluation after them.
+    unfinished = out / 'k1h1s_lr0.01_seed1' / 'log.csv'
     unfinished.write_text('\n'.join(unfinished.read_text().split('\n')[:-2]) + '\n')
-    args = ['--scale=tiny', f'--out_dir={out}', f'--steps={STEPS}'.replace(' ', ''), '--rates=[0.01,0.02,0.01]',
-            '--only=table1,table2,fig4', '--report=True']
-    done = subprocess.run(command('reproduce.py', *args), cwd=common.ROOT, env=ENV, capture_output=True, text=True)
+    args = ['--scale=tiny', f'--out_dir={out}', f'--steps={STEPS}'.replace(' ', ''),
+            '--rates=[0.01,0.02,0.01]', '--only=table1,table2,fig4', '--report=True']
+    done = subprocess.run(command('reproduce.py', *args), cwd=common.ROOT, env=ENV,
+                          capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     verdict = {claim['claim']: claim for claim in results(out)['claims']}
     worse, two, own, even = [claim for claim in verdict.values() if claim['table'] == 'table2']
     assert worse['verdict'] == 'undecided'  # 3.6 and 3.59, one seed
     assert worse['parts'][0]['found'] == [pytest.approx(0.01), None, 1]
-    # Differences of -0.05, -0.1, -0.05: a mean of -0.0667, four standard errors, which are not enough of three seeds.
+    # Differences of -0.05, -0.1, -0.05: a mean of -0.0667, four standard errors, which are not
+    # enough of three seeds.
     assert two['verdict'] == 'undecided' and two['parts'][0]['found'] == [
         pytest.approx(-0.2 / 3), pytest.approx(np.std([.05, .1, .05], ddof=1) / np.sqrt(3)), 3]
-    assert own['verdict'] == 'holds' and own['parts'][0]['found'][0] == pytest.approx(-0.17 / 3)  # eight and a half
+    assert own['verdict'] == 'holds'  # eight and a half standard errors
+    assert own['parts'][0]['found'][0] == pytest.approx(-0.17 / 3)
     assert even['verdict'] == 'does not hold'  # scratch's 3.59 is not below 3.05, 3.27, 3.15
-    assert all(claim['verdict'] == 'not run' for claim in verdict.values() if claim['table'] == 'fig4')
+    assert all(claim['verdict'] == 'not run'
+               for claim in verdict.values() if claim['table'] == 'fig4')
     markdown = (out / 'results.md').read_text()
     assert 'vanilla 0.02 (0.01: 3.300, 0.02: 3.100)' in markdown
     assert 'K2H4S, 0.01 (0.01: 3.200, 0.02: 3.400)' in markdown
     rows = {row['cell']: row for row in results(out)['rows']['table2']}
-    assert rows['vanilla']['mean']['loss'] == 3.1 and rows['k2h6s']['mean']['loss'] == pytest.approx(3.1)
+    assert rows['vanilla']['mean']['loss'] == 3.1
+    assert rows['k2h6s']['mean']['loss'] == pytest.approx(3.1)
     assert '| K1H1S | – |' in markdown and (out / 'fig4.png').exists()
-    # As many FLOPs as the vanilla model takes in 2 to 3 times the steps: its loss there, by the logarithm of the FLOPs.
+    # As many FLOPs as the vanilla model takes in 2 to 3 times the steps: its loss there, by the
+    # logarithm of the FLOPs.
     times = rows['k2h6s']['runs'][0]['pflops'] * 1e15 / dense_flops()
     assert 20 < times < 38
     as_many = 3.02 - 0.12 * np.log(times / 20) / np.log(38 / 20)
-    assert rows['k2h6s']['equal_flops'] == [pytest.approx(3.0 - as_many), None, 1]  # two seeds lack the longer runs
-    # In training an eighth of the tokens go through every other block, whatever the predictor lets through afterwards.
+    # Two seeds lack the longer runs.
+    assert rows['k2h6s']['equal_flops'] == [pytest.approx(3.0 - as_many), None, 1]
+    # In training an eighth of the tokens go through every other block, whatever the predictor lets
+    # through afterwards.
     routed = (8 + 16) / 8 * C * C + 4 * T * C / 64 + 2 * C + 2 * 8 * (C + 1)
     mod = 3 * B * T * (4 * (24 * C * C + 4 * T * C) + 4 * routed + 2 * C * V)
     one, = next(row for row in results(out)['rows']['table1'] if row['cell'] == 'mod')['runs']

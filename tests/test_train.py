@@ -18,8 +18,9 @@ import transformers
 import common
 from tests import kill
 
-TINY = ['--chunks=1-1-1-1', '--n_embd=32', '--n_head=2', '--block_size=32', '--batch_size=16', '--max_steps=60',
-        '--eval_every=20', '--eval_tokens=2000', '--learning_rate=0.01', '--device=cpu']
+TINY = ['--chunks=1-1-1-1', '--n_embd=32', '--n_head=2', '--block_size=32', '--batch_size=16',
+        '--max_steps=60', '--eval_every=20', '--eval_tokens=2000', '--learning_rate=0.01',
+        '--device=cpu']
 MOM = ['--chunks=1-2-1', '--K=2', '--H=2', '--router_dim=8', '--seed=5', '--learning_rate=0.003']
 
 
@@ -41,15 +42,19 @@ def write_data(folder, tokens, vocab_size=257):
     val = len(tokens) // 10
     tokens[val:].tofile(folder / 'train.bin')
     tokens[:val].tofile(folder / 'val.bin')
-    meta = dict(format=1, tokenizer='bytes', vocab_size=vocab_size, eot=256, source='a test', documents=1,
-                train_tokens=len(tokens) - val, val_tokens=val, train_bytes=len(tokens) - val, val_bytes=val, seed=0,
-                train_sha256=common.sha256(folder / 'train.bin'), val_sha256=common.sha256(folder / 'val.bin'))
+    meta = dict(format=1, tokenizer='bytes', vocab_size=vocab_size, eot=256, source='a test',
+                documents=1, train_tokens=len(tokens) - val, val_tokens=val,
+                train_bytes=len(tokens) - val, val_bytes=val, seed=0,
+                train_sha256=common.sha256(folder / 'train.bin'),
+                val_sha256=common.sha256(folder / 'val.bin'))
     (folder / 'meta.json').write_text(json.dumps({**meta, 'seal': common.seal(meta)}))
 
 
 def command(script, *args, ranks=1):
-    launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks > 1 else []
-    return [sys.executable, *launch, script, *map(str, args)]
+    words = [script, *map(str, args)]
+    if ranks > 1:
+        words = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}', *words]
+    return [sys.executable, *words]
 
 
 ENV = {**os.environ, 'OMP_NUM_THREADS': '1'}
@@ -65,7 +70,8 @@ def run(*args, script='train.py', fails=False):
 
 def shell(*args, script='train.py', ranks=1, fails=False):
     """As a user does it."""
-    done = subprocess.run(command(script, *args, ranks=ranks), cwd=common.ROOT, env=ENV, capture_output=True, text=True)
+    done = subprocess.run(command(script, *args, ranks=ranks), cwd=common.ROOT, env=ENV,
+                          capture_output=True, text=True)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stderr if fails else done.stdout
 
@@ -77,7 +83,8 @@ def last(out):
 def log(out):
     with open(out / 'log.csv') as f:
         rows = list(csv.DictReader(f))
-    return [{k: row[k] for k in ('step', 'loss', 'lr', 'grad_norm', 'val_loss', 'k_a')} for row in rows]
+    return [{k: row[k] for k in ('step', 'loss', 'lr', 'grad_norm', 'val_loss', 'k_a')}
+            for row in rows]
 
 
 def equal(a, b):
@@ -100,7 +107,8 @@ def phase_one(text, tmp_path_factory):
 @pytest.fixture(scope='session')
 def phase_two(text, phase_one, tmp_path_factory):
     out = tmp_path_factory.mktemp('phase_two') / 'run'
-    stdout = shell(*TINY, *MOM, f'--data_dir={text}', f'--out_dir={out}', f'--init_from={phase_one}')
+    stdout = shell(*TINY, *MOM, f'--data_dir={text}', f'--out_dir={out}',
+                   f'--init_from={phase_one}')
     return out, stdout
 
 
@@ -113,7 +121,8 @@ def test_phase_one_learns(phase_one):
     lr = [float(row['lr']) for row in rows if row['lr']]
     assert lr[:7] == pytest.approx([0.01 * n / 6 for n in (1, 2, 3, 4, 5, 6, 6)]) and lr[-1] < 1e-4
     saved = last(phase_one)
-    assert saved['step'] == 60 and saved['settings']['n_embd'] == 32 and saved['best_loss'] == min(val.values())
+    assert saved['step'] == 60 and saved['settings']['n_embd'] == 32
+    assert saved['best_loss'] == min(val.values())
 
 
 def test_phase_two_starts_from_its_modules(phase_one, phase_two):
@@ -130,8 +139,10 @@ def test_phase_two_starts_from_its_modules(phase_one, phase_two):
 
 def test_stopped_and_resumed_equals_undisturbed_bit_for_bit(text, phase_one, phase_two, tmp_path):
     whole, _ = phase_two
-    args = [*TINY, *MOM, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}', f'--init_from={phase_one}']
-    process = subprocess.Popen(command('train.py', *args), cwd=common.ROOT, env=ENV, stdout=subprocess.PIPE, text=True)
+    args = [*TINY, *MOM, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}',
+            f'--init_from={phase_one}']
+    process = subprocess.Popen(command('train.py', *args), cwd=common.ROOT, env=ENV,
+                               stdout=subprocess.PIPE, text=True)
     for line in process.stdout:
         if line.startswith('5/60 | loss'):
             process.send_signal(signal.SIGTERM)
@@ -147,17 +158,19 @@ def test_stopped_and_resumed_equals_undisturbed_bit_for_bit(text, phase_one, pha
     assert log(whole) == log(tmp_path / 'run')
 
 
-SYSTEMS = {'layer_skip': ['--phi=layer_skip', '--K=1'], 'early_exit': ['--phi=early_exit', '--K=1'],
-           'share': ['--phi=share', '--K=1', '--c_share=[1,0,1]'], 'tied': ['--tied=True', '--keep_F=[1]'],
-           'moe': ['--phi=moe', '--chunks=1-1-1-1', '--router=linear', '--router_weights=softmax', '--skip=False'],
-           'moe_share': ['--phi=moe_share', '--balance=0.01'],
-           'mod': ['--phi=mod', '--chunks=1-1-1-1', '--K=1', '--router=linear', '--capacity=0.25']}
+SYSTEMS = {
+    'layer_skip': ['--phi=layer_skip', '--K=1'], 'early_exit': ['--phi=early_exit', '--K=1'],
+    'share': ['--phi=share', '--K=1', '--c_share=[1,0,1]'], 'tied': ['--tied=True', '--keep_F=[1]'],
+    'moe': ['--phi=moe', '--chunks=1-1-1-1', '--router=linear', '--router_weights=softmax',
+            '--skip=False'],
+    'moe_share': ['--phi=moe_share', '--balance=0.01'],
+    'mod': ['--phi=mod', '--chunks=1-1-1-1', '--K=1', '--router=linear', '--capacity=0.25']}
 
 
 @pytest.mark.parametrize('system', SYSTEMS)
 def test_every_system_trains_stops_resumes_and_speaks(system, text, phase_one, tmp_path):
-    args = [*TINY, *MOM, *SYSTEMS[system], f'--data_dir={text}', f'--init_from={phase_one}', '--max_steps=24',
-            '--eval_every=12']
+    args = [*TINY, *MOM, *SYSTEMS[system], f'--data_dir={text}', f'--init_from={phase_one}',
+            '--max_steps=24', '--eval_every=12']
     whole, broken = tmp_path / 'whole', tmp_path / 'broken'
     run(*args, f'--out_dir={whole}')
     val = [float(row['val_loss']) for row in log(whole) if row['val_loss']]
@@ -174,28 +187,32 @@ def test_every_system_trains_stops_resumes_and_speaks(system, text, phase_one, t
     assert log(whole) == log(broken)
     if system not in ('mod', 'moe'):
         return
-    spoken = run(f'--source={whole}', '--prompt=The state', '--max_new_tokens=40', '--device=cpu', script='sample.py')
+    spoken = run(f'--source={whole}', '--prompt=The state', '--max_new_tokens=40', '--device=cpu',
+                 script='sample.py')
     assert len(spoken) > 40
     row, = json.loads(run('runs', f'--of={whole}', script='bench.py').splitlines()[-1])['runs']
     assert row['assembly'] == system and row['steps'] == 24
 
 
 def test_evaluation_changes_no_training_step(text, phase_one, tmp_path):
-    run(*TINY, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}', '--eval_every=7', '--eval_tokens=320')
+    run(*TINY, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}', '--eval_every=7',
+        '--eval_tokens=320')
     assert equal(last(phase_one)['model'], last(tmp_path / 'run')['model'])
 
 
 def test_two_processes_on_the_cpu_equal_one(text, phase_one, phase_two, tmp_path):
     whole, _ = phase_two
-    out = shell(*TINY, *MOM, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}', f'--init_from={phase_one}',
-                ranks=2)
+    out = shell(*TINY, *MOM, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}',
+                f'--init_from={phase_one}', ranks=2)
     assert 'cpu x 2' in out
     for one, two in zip(log(whole), log(tmp_path / 'run'), strict=True):
         for key in ('loss', 'val_loss', 'grad_norm'):
             assert (one[key] == '') == (two[key] == '')
-            if one[key] and int(one['step']) <= 10:  # later, rounding has flipped some tokens' choices
+            # Later than that, rounding has flipped some tokens' choices.
+            if one[key] and int(one['step']) <= 10:
                 assert float(one[key]) == pytest.approx(float(two[key]), rel=1e-3)
-    assert float(log(whole)[-1]['val_loss']) == pytest.approx(float(log(tmp_path / 'run')[-1]['val_loss']), rel=0.05)
+    one, two = (float(log(out)[-1]['val_loss']) for out in (whole, tmp_path / 'run'))
+    assert one == pytest.approx(two, rel=0.05)
 
 
 def test_micro_batches_change_nothing_but_rounding(text, phase_one, tmp_path):
@@ -205,10 +222,12 @@ def test_micro_batches_change_nothing_but_rounding(text, phase_one, tmp_path):
 
 
 def test_phase_two_from_a_hugging_face_directory_in_bfloat16(text, tmp_path):
-    transformers.GPT2LMHeadModel(transformers.GPT2Config(n_embd=32, n_layer=4, n_head=2, n_positions=64, vocab_size=260,
-                                 bos_token_id=0, eos_token_id=0)).save_pretrained(tmp_path / 'hf')
-    out = run('--chunks=1-2-1', '--K=1', '--H=2', '--router_dim=8', '--batch_size=4', '--max_steps=3', '--device=cpu',
-              '--eval_tokens=1000', '--dtype=bfloat16', f'--data_dir={text}', f'--out_dir={tmp_path / "run"}',
+    config = transformers.GPT2Config(n_embd=32, n_layer=4, n_head=2, n_positions=64, vocab_size=260,
+                                     bos_token_id=0, eos_token_id=0)
+    transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path / 'hf')
+    out = run('--chunks=1-2-1', '--K=1', '--H=2', '--router_dim=8', '--batch_size=4',
+              '--max_steps=3', '--device=cpu', '--eval_tokens=1000', '--dtype=bfloat16',
+              f'--data_dir={text}', f'--out_dir={tmp_path / "run"}',
               f'--init_from={tmp_path / "hf"}')
     assert '3/3 | loss' in out and 'block_size = 64' in out and 'n_embd = 32' in out
 
@@ -217,8 +236,10 @@ def test_sample(phase_two, tmp_path):
     args = [f'--source={phase_two[0]}', '--prompt=The state', '--max_new_tokens=40', '--samples=2']
     one = shell(*args, script='sample.py')
     assert one.count('The state') == 2 and len(one) > 80
-    assert one == run(*args, script='sample.py') and one != run(*args, '--seed=2', script='sample.py')
-    for more in (['--beams=3'], ['--temperature=0', '--dtype=bfloat16'], ['--top_p=0.5', '--stop=False']):
+    assert one == run(*args, script='sample.py')
+    assert one != run(*args, '--seed=2', script='sample.py')
+    for more in (['--beams=3'], ['--temperature=0', '--dtype=bfloat16'],
+                 ['--top_p=0.5', '--stop=False']):
         assert len(run(*args[:2], '--max_new_tokens=20', *more, script='sample.py')) >= 10
     assert 'no checkpoint at' in run(f'--source={tmp_path}', script='sample.py', fails=True)
     assert "must be 'float32' or" in run('--dtype=fp8', script='sample.py', fails=True)
@@ -227,12 +248,14 @@ def test_sample(phase_two, tmp_path):
 def test_bench_puts_runs_side_by_side(phase_one, phase_two):
     stdout = run('runs', f'--of={phase_one},{phase_two[0]}', script='bench.py')
     vanilla, mom = json.loads(stdout.splitlines()[-1])['runs']
-    assert vanilla['assembly'] == 'vanilla' and mom['assembly'] == 'K2H2S' and vanilla['in routers'] == 0
+    assert vanilla['assembly'] == 'vanilla' and mom['assembly'] == 'K2H2S'
+    assert vanilla['in routers'] == 0
     assert mom['parameters'] == vanilla['parameters'] + mom['in routers']
     for row, folder in ((vanilla, phase_one), (mom, phase_two[0])):
         with open(folder / 'log.csv') as f:
-            val = [float(line['val_bits_per_byte']) for line in csv.DictReader(f) if line['val_bits_per_byte']]
-        assert (row['bits/byte before'], row['bits/byte after']) == (round(val[0], 3), round(val[-1], 3))
+            bits = [line['val_bits_per_byte'] for line in csv.DictReader(f)]
+        before, *_, after = (round(float(text), 3) for text in bits if text)
+        assert (row['bits/byte before'], row['bits/byte after']) == (before, after)
         assert f'{row["parameters"]:,}' in stdout and row['tokens/s'] > 0 and row['steps'] == 60
     assert 'Name their folders' in run('runs', script='bench.py', fails=True)
     assert "take 'runs'" in run('walks', script='bench.py', fails=True)
@@ -242,7 +265,8 @@ def test_what_is_printed_differs_from_the_defaults_and_all_is_kept(phase_two):
     out, stdout = phase_two
     head = stdout.split('parameters')[0]
     assert 'router_dim = 8' in head and 'beta1' not in head and 'micro_batch' not in head
-    assert max(map(len, head.splitlines()[:-1])) <= 100 or ' ' not in max(head.splitlines(), key=len)
+    lines = head.splitlines()
+    assert max(map(len, lines[:-1])) <= 100 or ' ' not in max(lines, key=len)
     kept = json.loads((out / 'settings.json').read_text())
     assert kept == last(out)['settings'] and kept['beta1'] == 0.9 and kept['router_dim'] == 8
     assert 'MFU' not in stdout  # of a CPU nobody knows the peak
@@ -251,7 +275,8 @@ def test_what_is_printed_differs_from_the_defaults_and_all_is_kept(phase_two):
 def test_no_steps_evaluate_and_write_nothing(text, phase_one, tmp_path):
     before = {path: path.read_bytes() for path in phase_one.iterdir()}
     data = f'--data_dir={text}'
-    from_it = run(data, *TINY, f'--init_from={phase_one}', f'--out_dir={tmp_path / "run"}', '--max_steps=0')
+    from_it = run(data, *TINY, f'--init_from={phase_one}', f'--out_dir={tmp_path / "run"}',
+                  '--max_steps=0')
     resumed = run(data, f'--out_dir={phase_one}', '--init_from=resume', '--max_steps=0')
     want = min(float(row['val_loss']) for row in log(phase_one) if row['val_loss'])
     assert f'0/0 | val loss {want:.4f}' in from_it and f'60/0 | val loss {want:.4f}' in resumed
@@ -270,14 +295,16 @@ def test_a_jump_of_the_learning_rate_is_said(text, phase_one, tmp_path):
 
 
 def test_a_small_share_of_few_steps_is_a_step_of_warm_up(text, phase_one, tmp_path):
-    run(*TINY, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}', '--max_steps=25', '--warmup=0.1')
+    run(*TINY, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}', '--max_steps=25',
+        '--warmup=0.1')
     lr = [float(row['lr']) for row in log(tmp_path / 'run') if row['lr']]  # 2.5 steps are 3
     assert lr[:3] == pytest.approx([0.01 / 3, 0.02 / 3, 0.01])
 
 
 @pytest.mark.parametrize('own', [True, False])
 def test_padded_vocabularies(own, text, phase_one, tmp_path):
-    """600 kinds of token, and a text with 257: a checkpoint says that they are bytes, a directory that they are not."""
+    """600 kinds of token, and a text with 257: a checkpoint says that they are bytes, a directory
+    that they are not."""
     if own:
         state = last(phase_one)
         wte = state['model']['wte.weight']
@@ -285,12 +312,13 @@ def test_padded_vocabularies(own, text, phase_one, tmp_path):
         state['model_config']['vocab_size'] = 600
         torch.save(state, tmp_path / 'weights')
     else:
-        shape = transformers.GPT2Config(n_embd=32, n_layer=4, n_head=2, n_positions=64, vocab_size=600, bos_token_id=0,
-                                        eos_token_id=0)
+        shape = transformers.GPT2Config(n_embd=32, n_layer=4, n_head=2, n_positions=64,
+                                        vocab_size=600, bos_token_id=0, eos_token_id=0)
         transformers.GPT2LMHeadModel(shape).save_pretrained(tmp_path / 'weights')
     output = run(*TINY[4:], '--max_steps=2', f'--data_dir={text}', f'--out_dir={tmp_path / "run"}',
                  f'--init_from={tmp_path / "weights"}', fails=not own)
-    assert ('2/2 | val loss' if own else 'the weights know 600: prepare the text with the tokenizer') in output
+    want = '2/2 | val loss' if own else 'the weights know 600: prepare the text with the tokenizer'
+    assert want in output
 
 
 WANDB = """
@@ -316,12 +344,14 @@ def test_tracking(track, text, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     if track == 'tensorboard':
         monkeypatch.setitem(sys.modules, 'torch.utils.tensorboard', importlib.import_module(track))
-    args = [*TINY, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}', '--max_steps=4', '--eval_every=2']
+    args = [*TINY, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}', '--max_steps=4',
+            '--eval_every=2']
     run(*args, f'--track={track}')
     sent = [json.loads(line) for line in path.read_text().splitlines()]
     assert sent[0][0] == 'init' and sent[-1][0] == 'finish'
     if track != 'tensorboard':
-        assert sent[0][2]['name'] == 'run' and sent[0][2]['config'] == last(tmp_path / 'run')['settings']
+        assert sent[0][2]['name'] == 'run'
+        assert sent[0][2]['config'] == last(tmp_path / 'run')['settings']
     got = {}
     for what, args, more in sent:
         if what == 'log':
@@ -329,13 +359,15 @@ def test_tracking(track, text, tmp_path, monkeypatch):
     for row in log(tmp_path / 'run'):
         for key, value in row.items():
             assert not value or got[int(row['step'])].get(key, int(row['step'])) == float(value)
-    assert sorted(got) == [0, 1, 2, 3, 4] and {'loss', 'lr', 'grad_norm', 'val_loss', 'k_a'} <= got[4].keys()
+    assert sorted(got) == [0, 1, 2, 3, 4]
+    assert {'loss', 'lr', 'grad_norm', 'val_loss', 'k_a'} <= got[4].keys()
 
 
 # ----------------------------------------------------------------------------- mistakes
 
 def one_sentence(stderr):
-    assert stderr.startswith(('train.py: error: ', 'sample.py: error: ')) and stderr.count('\n') == 1, stderr
+    assert stderr.startswith(('train.py: error: ', 'sample.py: error: ')), stderr
+    assert stderr.count('\n') == 1, stderr
     return stderr
 
 
@@ -366,45 +398,50 @@ def spoil(folder, what):
 
 
 @pytest.mark.parametrize('what, message', [
-    ('missing', 'train.bin is missing: make it again with python prepare.py'), ('no meta', 'make it with python'),
-    ('truncated', 'truncated'), ('odd', 'truncated'), ('ids', 'token id 300, but vocab_size is 257'),
-    ('short', 'take a shorter block_size'), ('vocabulary', 'the tokenizer of the weights'),
-    ('half a meta', 'not one of prepare.py (JSONDecodeError'), ('other meta', 'not one of prepare.py (ValueError'),
+    ('missing', 'train.bin is missing: make it again with python prepare.py'),
+    ('no meta', 'make it with python'), ('truncated', 'truncated'), ('odd', 'truncated'),
+    ('ids', 'token id 300, but vocab_size is 257'), ('short', 'take a shorter block_size'),
+    ('vocabulary', 'the tokenizer of the weights'),
+    ('half a meta', 'not one of prepare.py (JSONDecodeError'),
+    ('other meta', 'not one of prepare.py (ValueError'),
     ('changed meta', 'not one of prepare.py (ValueError: it was changed): make it again')])
 def test_bad_data(what, message, text, phase_one, tmp_path):
     shutil.copytree(text, tmp_path / 'data')
     spoil(tmp_path / 'data', what)
-    args = [f'--data_dir={tmp_path / "data"}', f'--out_dir={tmp_path / "run"}', f'--init_from={phase_one}']
+    args = [f'--data_dir={tmp_path / "data"}', f'--out_dir={tmp_path / "run"}',
+            f'--init_from={phase_one}']
     assert message in one_sentence(run(*args, fails=True))
     assert not (tmp_path / 'run').exists()
 
 
 def test_bad_settings(text, phase_one, tmp_path, monkeypatch):
-    data = f'--data_dir={text}'
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, 'find_spec', lambda name, *more: name != 'trackio' and real(name, *more))
+    monkeypatch.setattr(importlib.util, 'find_spec',
+                        lambda name, *more: name != 'trackio' and real(name, *more))
+    old, new, none = (f'--out_dir={out}' for out in (phase_one, tmp_path / 'a', tmp_path / 'none'))
+    file, begin = f'--out_dir={phase_one / "last.pt"}', f'--init_from={phase_one}'
     for args, message in [
-            ([data, f'--out_dir={phase_one}'], '--init_from=resume'),
-            ([data, f'--out_dir={tmp_path / "none"}', '--init_from=resume'], 'no checkpoint at'),
-            ([data, f'--out_dir={phase_one}', '--init_from=resume', '--n_embd=64'], 'n_embd=64, but the run in'),
-            ([data, f'--out_dir={tmp_path / "a"}', f'--init_from={phase_one}', '--chunks=1-4-1'], 'sum to 6, but'),
-            ([data, f'--out_dir={tmp_path / "a"}', f'--init_from={phase_one}', '--chunks=4', '--K=6'], 'take K <= 5'),
-            ([data, f'--out_dir={tmp_path / "a"}', '--batch_size=9', '--micro_batch=2'], 'must be a multiple'),
-            ([data, f'--out_dir={tmp_path / "a"}', '--dtype=fp8'], "must be 'auto'"),
-            ([data, f'--out_dir={tmp_path / "a"}', '--grad_clip=-1'], 'grad_clip=-1.0 must be at least 0'),
-            ([data, f'--out_dir={tmp_path / "a"}', '--learning_rate=1e999'], 'learning_rate=inf must be'),
-            ([data, f'--out_dir={tmp_path / "a"}', '--min_lr=0.01'], 'min_lr=0.01 is above learning_rate=0.001'),
-            ([data, f'--out_dir={tmp_path / "a"}', '--track=mlflow'], "track='mlflow' must be 'wandb'"),
-            ([data, f'--out_dir={tmp_path / "a"}', '--track=trackio'], 'needs the package: pip install trackio'),
-            ([data, f'--out_dir={phase_one}', '--overwrite=True', '--beta2=1'], 'beta2=1.0 must be at least 0'),
-            ([*TINY, data, f'--out_dir={phase_one / "last.pt"}'], 'last.pt is a file, where a folder has to be')]:
-        assert message in one_sentence(run(*args, fails=True))
+            ([old], '--init_from=resume'),
+            ([none, '--init_from=resume'], 'no checkpoint at'),
+            ([old, '--init_from=resume', '--n_embd=64'], 'n_embd=64, but the run in'),
+            ([new, begin, '--chunks=1-4-1'], 'sum to 6, but'),
+            ([new, begin, '--chunks=4', '--K=6'], 'take K <= 5'),
+            ([new, '--batch_size=9', '--micro_batch=2'], 'must be a multiple'),
+            ([new, '--dtype=fp8'], "must be 'auto'"),
+            ([new, '--grad_clip=-1'], 'grad_clip=-1.0 must be at least 0'),
+            ([new, '--learning_rate=1e999'], 'learning_rate=inf must be'),
+            ([new, '--min_lr=0.01'], 'min_lr=0.01 is above learning_rate=0.001'),
+            ([new, '--track=mlflow'], "track='mlflow' must be 'wandb'"),
+            ([new, '--track=trackio'], 'needs the package: pip install trackio'),
+            ([old, '--overwrite=True', '--beta2=1'], 'beta2=1.0 must be at least 0'),
+            ([*TINY, file], 'last.pt is a file, where a folder has to be')]:
+        assert message in one_sentence(run(f'--data_dir={text}', *args, fails=True))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(text, phase_one, tmp_path):
     state = last(phase_one)
     state['model']['ln_f.weight'][0] = float('nan')
     torch.save(state, tmp_path / 'nan.pt')
-    args = [f'--data_dir={text}', f'--out_dir={tmp_path / "run"}', f'--init_from={tmp_path / "nan.pt"}']
-    stderr = run(*TINY, *args, fails=True)
+    stderr = run(*TINY, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}',
+                 f'--init_from={tmp_path / "nan.pt"}', fails=True)
     assert 'step 1: loss nan' in stderr and 'last good checkpoint' in stderr

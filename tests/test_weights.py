@@ -94,8 +94,9 @@ def test_a_mom_comes_back_bit_for_bit(case, tmp_path, monkeypatch):
 def test_the_script_reads_what_it_wrote(tmp_path):
     model = save(tmp_path / 'run', tiny(vocab_size=257), 'bytes')
     for overwrite in 'False', 'True':
-        settings = f'--source={tmp_path}/run', f'--out_dir={tmp_path}/out', f'--overwrite={overwrite}'
-        subprocess.run([sys.executable, 'weights.py', *settings], cwd=common.ROOT, check=True)
+        command = [sys.executable, 'weights.py', f'--source={tmp_path}/run',
+                   f'--out_dir={tmp_path}/out', f'--overwrite={overwrite}']
+        subprocess.run(command, cwd=common.ROOT, check=True)
     assert GPT.from_pretrained(str(tmp_path / 'out')).fingerprint() == model.fingerprint()
 
 
@@ -217,7 +218,8 @@ def test_a_compiled_model_s_checkpoint(tmp_path):
 
 @pytest.mark.parametrize('change, message', [
     (lambda s: s | {'lm_head.weight': s['transformer.wte.weight'] + 1}, 'its head is not tied'),
-    (lambda s: {n: w.to(torch.int8) for n, w in s.items()}, 'cannot be used .*floating-point numbers'),
+    (lambda s: {n: w.to(torch.int8) for n, w in s.items()},
+     'cannot be used .*floating-point numbers'),
     (lambda s: s | {'transformer.h.3.ln_1.weight': torch.ones(64)}, 'more than the 3 layers'),
     (lambda s: s | {f'teacher.{n}': w.clone() for n, w in s.items()}, 'several models, .*teacher'),
     (lambda s: {n: w for n, w in s.items() if 'ln_f.bias' not in n}, 'lack .*ln_f.bias')])

@@ -1,4 +1,4 @@
-"""finetune_xsum.py as a user runs it, on toy pairs: a few words, of which the first two are the summary."""
+"""finetune_xsum.py as a user runs it, on toy pairs: a few words, the first two are the summary."""
 import csv
 import fcntl
 import json
@@ -28,7 +28,8 @@ WORDS = 'cat dog sun sea tree bird rain wind fish moon'.split()
 SEP = list(b'\nTL;DR:')
 MODELS = {'vanilla': dict(chunks='1-1-1'), 'mom': dict(chunks='1-2', K=2, H=2, router_dim=8),
           'mod': dict(chunks='1-1', phi='mod', K=1, router='linear', router_dim=8, capacity=0.5)}
-ONE = ['--epochs=1', '--max_train=21', '--max_eval=6', '--batch_size=10', '--max_new_tokens=12', '--learning_rate=1e-3']
+ONE = ['--epochs=1', '--max_train=21', '--max_eval=6', '--batch_size=10', '--max_new_tokens=12',
+       '--learning_rate=1e-3']
 
 
 def pairs(n, seed):
@@ -40,12 +41,14 @@ def pairs(n, seed):
 
 def write(path, rows):
     table = datasets.Dataset.from_list(list(rows))
-    {'jsonl': table.to_json, 'parquet': table.to_parquet, 'csv': table.to_csv,
-     'tsv': lambda p: table.to_csv(p, sep='\t', quoting=csv.QUOTE_NONE)}[str(path).rsplit('.')[-1]](str(path))
+    writers = {'jsonl': table.to_json, 'parquet': table.to_parquet, 'csv': table.to_csv,
+               'tsv': lambda path: table.to_csv(path, sep='\t', quoting=csv.QUOTE_NONE)}
+    writers[str(path).rsplit('.')[-1]](str(path))
 
 
 def long_pair(n):  # too long for 96 tokens by far, with a summary longer than 12
-    return dict(document='It rose! Then ' + 'moon ' * n, summary='a summary that is not short', id=f'long-{n}')
+    return dict(document='It rose! Then ' + 'moon ' * n, summary='a summary that is not short',
+                id=f'long-{n}')
 
 
 @pytest.fixture(scope='session')
@@ -55,8 +58,9 @@ def folder(tmp_path_factory):
     for name, shape in MODELS.items():
         torch.manual_seed(3)
         model = GPT(MoMConfig(n_embd=64, n_head=2, block_size=96, vocab_size=257, **shape))
-        torch.save(dict(model=model.state_dict(), model_config=asdict(model.cfg), meta={'tokenizer': 'bytes'}),
-                   out / f'{name}.pt')
+        content = dict(model=model.state_dict(), model_config=asdict(model.cfg),
+                       meta={'tokenizer': 'bytes'})
+        torch.save(content, out / f'{name}.pt')
     (out / 'toy').mkdir()
     write(out / 'toy' / 'train.jsonl', [*pairs(3, 1), long_pair(30), *pairs(600, 2)])
     write(out / 'toy' / 'test.jsonl', [*pairs(2, 4), long_pair(40), *pairs(25, 5)])
@@ -75,10 +79,11 @@ def quiet(monkeypatch):
 
 
 def command(*args, ranks=1):
-    launch = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}'] if ranks > 1 else []
-    env = {**os.environ, 'OMP_NUM_THREADS': '1'}
-    done = subprocess.run([sys.executable, *launch, SCRIPT, *map(str, args)], cwd=common.ROOT, env=env,
-                          capture_output=True, text=True)
+    words = [SCRIPT, *map(str, args)]
+    if ranks > 1:
+        words = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}', *words]
+    done = subprocess.run([sys.executable, *words], cwd=common.ROOT, capture_output=True, text=True,
+                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -109,7 +114,8 @@ def scores(out, name, stemming='no'):  # [ROUGE-1, ROUGE-2, ROUGE-L, mean] of a 
 
 
 def summaries(out, seed=1):
-    return [json.loads(line) for line in (out / f'seed{seed}' / 'summaries.jsonl').read_text().splitlines()]
+    lines = (out / f'seed{seed}' / 'summaries.jsonl').read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
 def log(out, seed=1):
@@ -120,7 +126,8 @@ def log(out, seed=1):
 def google(generated, references, stem):
     scorer = rouge_scorer.RougeScorer(['rouge1', 'rouge2', 'rougeL'], use_stemmer=stem)
     each = [scorer.score(r, g) for g, r in zip(generated, references, strict=True)]
-    three = [100 * statistics.fmean(score[key].fmeasure for score in each) for key in ('rouge1', 'rouge2', 'rougeL')]
+    three = [100 * statistics.fmean(score[key].fmeasure for score in each)
+             for key in ('rouge1', 'rouge2', 'rougeL')]
     return [*three, sum(three) / 3]
 
 
@@ -128,9 +135,10 @@ def google(generated, references, stem):
 def trained(folder, tmp_path_factory):
     """One run as a command, long enough to learn to copy."""
     out = tmp_path_factory.mktemp('trained') / 'run'
-    stdout = command(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={out}',
-                     '--epochs=6', '--batch_size=16', '--micro_batch=16', '--learning_rate=4e-3', '--max_new_tokens=24',
-                     '--paper_row=MoM_P small', '--device=cpu')
+    stdout = command(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}',
+                     f'--out_dir={out}', '--epochs=6', '--batch_size=16', '--micro_batch=16',
+                     '--learning_rate=4e-3', '--max_new_tokens=24', '--paper_row=MoM_P small',
+                     '--device=cpu')
     return out, stdout
 
 
@@ -140,8 +148,8 @@ def test_it_learns_to_summarise(trained, folder, tmp_path):
     out, stdout = trained
     loss = result(out)['runs'][0]['held_out_loss']
     assert len(loss) == 7 and loss[-1] < loss[0] / 4
-    run(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path}', '--epochs=0',
-        '--max_new_tokens=24')
+    run(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}',
+        f'--out_dir={tmp_path}', '--epochs=0', '--max_new_tokens=24')
     assert result(tmp_path)['runs'][0]['held_out_loss'] == [pytest.approx(loss[0], rel=1e-5)]
     untrained, tuned = scores(tmp_path, 'vanilla.pt, greedy'), scores(out, 'vanilla.pt, greedy')
     assert untrained[0] < 5 and tuned[0] > 40 and tuned[3] == pytest.approx(sum(tuned[:3]) / 3)
@@ -151,22 +159,27 @@ def test_report(trained, folder):
     out, stdout = trained
     report, rows = result(out), summaries(out)
     test = toy(folder, 'test')
-    assert [row['id'] for row in rows] == [pair['id'] for pair in test]  # each once, in the order of the split
+    # Each is there once, in the order of the split.
+    assert [row['id'] for row in rows] == [pair['id'] for pair in test]
     assert [row['reference'] for row in rows] == [pair['summary'] for pair in test]
-    assert all(pair['document'].startswith(row['document'].strip()) for row, pair in zip(rows, test))
-    assert (report['train_pairs'], report['eval_pairs'], report['steps']) == (604, 28, 6 * 38) and len(log(out)) == 228
+    assert all(pair['document'].startswith(row['document'].strip())
+               for row, pair in zip(rows, test))
+    assert (report['train_pairs'], report['eval_pairs']) == (604, 28)
+    assert report['steps'] == len(log(out)) == 6 * 38
     assert report['settings']['length'] == 96 and report['settings']['eval_split'] == 'test'
     assert report['settings']['dtype'] == 'float32' and report['torch'] == str(torch.__version__)
     for stemming, stem in (('no', False), ('yes', True)):
         want = google([row['generated'] for row in rows], [row['reference'] for row in rows], stem)
         assert scores(out, 'vanilla.pt, greedy', stemming) == pytest.approx(want, abs=1e-3)
-        lead = ['It rose!' if pair['id'].startswith('long') else pair['document'] for pair in test]  # one sentence
+        # The others are one sentence.
+        lead = ['It rose!' if pair['id'].startswith('long') else pair['document'] for pair in test]
         want = google(lead, [pair['summary'] for pair in test], stem)
         assert scores(out, 'first sentence', stemming) == pytest.approx(want, abs=1e-3)
     markdown = (out / 'results.md').read_text()
     assert '| paper, Table 6, MoM_P small | not said | 21.73 | 6.14 | 17.72 | 15.19 |\n' in markdown
     assert markdown in stdout
-    assert all(f'reference: {row["reference"]}\n  generated: {row["generated"]}' in stdout for row in rows[:10])
+    assert all(f'reference: {row["reference"]}\n  generated: {row["generated"]}' in stdout
+               for row in rows[:10])
     lr = [row['lr'] for row in log(out)]
     assert lr[:24] == pytest.approx([4e-3 * min(n, 23) / 23 for n in range(1, 25)])
     assert lr[-1] == pytest.approx(4e-3 / 205)
@@ -179,10 +192,11 @@ def test_the_example_shown_is_what_the_model_sees(trained, folder):
 
 def test_what_was_tuned_is_a_source(trained, folder, tmp_path):
     out, _ = trained
-    run(f'--source={out / "seed1"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path}', '--epochs=0',
-        '--max_new_tokens=24', '--gen_batch=5')
+    run(f'--source={out / "seed1"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path}',
+        '--epochs=0', '--max_new_tokens=24', '--gen_batch=5')
     assert summaries(tmp_path) == summaries(out)
-    assert result(tmp_path)['runs'][0]['held_out_loss'][0] == pytest.approx(result(out)['runs'][0]['held_out_loss'][-1])
+    before, again = (result(path)['runs'][0]['held_out_loss'] for path in (out, tmp_path))
+    assert again[0] == pytest.approx(before[-1])
 
 
 # ----------------------------------------------------------------------------- what the model sees
@@ -201,25 +215,30 @@ def one_by_one(model, pairs):
     for inputs, targets in map(by_hand, pairs):
         assert len(inputs) <= 95
         logits = model(torch.tensor([inputs]))[0][0]
-        losses += [F.cross_entropy(logits[t], torch.tensor(y)) for t, y in enumerate(targets) if y != -100]
+        losses += [F.cross_entropy(logits[t], torch.tensor(y))
+                   for t, y in enumerate(targets) if y != -100]
     return torch.stack(losses).mean()
 
 
 def test_the_loss_is_that_of_summary_tokens_alone_and_training_is_adamw_on_it(folder, tmp_path):
-    run(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path}', '--epochs=3',
-        '--max_train=9', '--micro_batch=2', '--batch_size=50', '--max_eval=5', '--max_new_tokens=2', '--grad_clip=0.5',
+    run(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}',
+        f'--out_dir={tmp_path}', '--epochs=3', '--max_train=9', '--micro_batch=2',
+        '--batch_size=50', '--max_eval=5', '--max_new_tokens=2', '--grad_clip=0.5',
         '--learning_rate=1e-3', '--warmup=0.3', '--weight_decay=0.1')
     model = GPT.from_pretrained(str(folder / 'vanilla.pt'))
-    matrices = [p for p in model.parameters() if p.ndim == 3 or p.ndim == 2 and p.size(0) > 1]  # biases are (1, n)
+    # Biases are (1, n).
+    matrices = [p for p in model.parameters() if p.ndim == 3 or p.ndim == 2 and p.size(0) > 1]
     vectors = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    adamw = torch.optim.AdamW([dict(params=matrices, weight_decay=0.1), dict(params=vectors, weight_decay=0.0)])
+    adamw = torch.optim.AdamW([dict(params=matrices, weight_decay=0.1),
+                               dict(params=vectors, weight_decay=0.0)])
     held_out = [one_by_one(model, toy(folder, 'test', 5)).item()]
     for step, lr in zip(log(tmp_path), (1e-3, 1e-3, 5e-4), strict=True):  # one step up, two down
         loss = one_by_one(model, toy(folder, 'train', 9))
         adamw.zero_grad()
         loss.backward()
         norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
-        assert step['loss'] == pytest.approx(loss.item(), rel=1e-5) and step['norm'] == pytest.approx(norm, rel=1e-4)
+        assert step['loss'] == pytest.approx(loss.item(), rel=1e-5)
+        assert step['norm'] == pytest.approx(norm, rel=1e-4)
         assert step['lr'] == pytest.approx(lr) and norm > 0.5
         for p in model.parameters():
             p.grad *= 0.5 / norm
@@ -234,8 +253,8 @@ def test_the_loss_is_that_of_summary_tokens_alone_and_training_is_adamw_on_it(fo
 
 
 def test_mod_trains_as_it_trains_and_is_evaluated_as_it_generates(folder, tmp_path):
-    run(f'--source={folder / "mod.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path}', '--epochs=1',
-        '--max_train=9', '--batch_size=50', '--max_eval=5', '--max_new_tokens=2')
+    run(f'--source={folder / "mod.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path}',
+        '--epochs=1', '--max_train=9', '--batch_size=50', '--max_eval=5', '--max_new_tokens=2')
     model = GPT.from_pretrained(str(folder / 'mod.pt'))
     rows = list(map(by_hand, toy(folder, 'train', 9)))
     longest = max(len(inputs) for inputs, _ in rows)
@@ -243,18 +262,21 @@ def test_mod_trains_as_it_trains_and_is_evaluated_as_it_generates(folder, tmp_pa
     targets = torch.tensor([targets + [-100] * (longest - len(targets)) for _, targets in rows])
     training = model.train()(idx, targets)[1].item()
     held_out = one_by_one(model.eval(), toy(folder, 'test', 5)).item()
-    assert abs(model(idx, targets)[1].item() - training) > 1e-3 * training  # the two modes can be told apart
+    # The two modes can be told apart.
+    assert abs(model(idx, targets)[1].item() - training) > 1e-3 * training
     assert log(tmp_path)[0]['loss'] == pytest.approx(training, rel=1e-5)
     assert result(tmp_path)['runs'][0]['held_out_loss'][0] == pytest.approx(held_out, rel=1e-5)
 
 
 def test_every_epoch_has_every_pair_in_an_order_of_its_own(folder, tmp_path):
-    run(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path}', '--epochs=2',
-        '--max_train=8', '--batch_size=1', '--learning_rate=0', '--seeds=2', '--max_eval=1', '--max_new_tokens=2')
+    run(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}',
+        f'--out_dir={tmp_path}', '--epochs=2', '--max_train=8', '--batch_size=1',
+        '--learning_rate=0', '--seeds=2', '--max_eval=1', '--max_new_tokens=2')
     model = GPT.from_pretrained(str(folder / 'vanilla.pt'))
     each = [one_by_one(model, [pair]).item() for pair in toy(folder, 'train', 8)]
     losses = [row['loss'] for seed in (1, 2) for row in log(tmp_path, seed)]
-    orders = [losses[at:at + 8] for at in range(0, 32, 8)]  # with a learning rate of 0 a loss tells its pair
+    # With a learning rate of 0 a loss tells its pair.
+    orders = [losses[at:at + 8] for at in range(0, 32, 8)]
     for order in orders:
         assert sorted(order) == pytest.approx(sorted(each), rel=1e-5)
     assert len({tuple(order) for order in orders}) == 4
@@ -264,27 +286,31 @@ def test_the_article_is_cut_never_the_summary(folder, tmp_path):
     lengths = 1, 50, 68, 69, 70, 86, 87, 88, 500
     data = [dict(document='m' * n, summary='s' * k, id=0) for n in lengths for k in (1, 40, 85, 86)]
     write(tmp_path / 'test.jsonl', data)
-    seen = run(f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path}', f'--out_dir={tmp_path / "run"}',
-               '--epochs=0', '--max_new_tokens=20')['held_out']
+    seen = run(f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path}',
+               f'--out_dir={tmp_path / "run"}', '--epochs=0', '--max_new_tokens=20')['held_out']
     for pair, example in zip(data, seen, strict=True):
         n, k = len(pair['document']), len(pair['summary'])
-        article = min(n, 96 - 7 - (1 + k + 1))  # the separator; the summary, a space before it, its end
+        # Beside it: the separator; the summary, a space before it, its end.
+        article = min(n, 96 - 7 - (1 + k + 1))
         assert example.ids.tolist() == [*b'm' * article, *SEP, *b' ', *b's' * k, 256]
         assert example.first == article + 7
-        assert example.prompt.tolist() == [*b'm' * min(n, 96 - 7 - 20), *SEP]  # and it knows nothing of the summary
+        # The prompt knows nothing of the summary.
+        assert example.prompt.tolist() == [*b'm' * min(n, 96 - 7 - 20), *SEP]
     write(tmp_path / 'test.jsonl', [*data, dict(document='m', summary='s' * 87, id=0)])
-    args = [f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path}', f'--out_dir={tmp_path / "new"}',
-            '--epochs=0', '--max_new_tokens=20']
+    args = [f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path}',
+            f'--out_dir={tmp_path / "new"}', '--epochs=0', '--max_new_tokens=20']
     sentence = fails(*args)
     assert '1 of 37 rows do not fit into the 96 tokens' in sentence
-    assert 'test.jsonl, row 37, of 89 tokens' in sentence and 'Take weights with a longer block_size' in sentence
-    write(tmp_path / 'test.jsonl', [dict(document='m', summary='s' * 90, id=0), *data, *data[:2]] * 3)
+    assert 'test.jsonl, row 37, of 89 tokens' in sentence
+    assert 'Take weights with a longer block_size' in sentence
+    too_long = dict(document='m', summary='s' * 90, id=0)
+    write(tmp_path / 'test.jsonl', [too_long, *data, *data[:2]] * 3)
     sentence = fails(*args)
     assert '3 of 117 rows do not fit' in sentence and 'row 1, of 92 tokens' in sentence
     assert '1 of 5 rows do not fit' in fails(*args, '--max_eval=5')
 
 
-# ----------------------------------------------------------------------------- generation and scores
+# ---------------------------------------------------------------------------- generation and scores
 
 def test_batches_generate_what_one_by_one_would(trained, folder):
     out, _ = trained
@@ -306,27 +332,32 @@ def test_ids_that_are_no_tokens_are_not_decoded(folder, tmp_path):
         model.wte.weight[299] = 1.0
     generated = []
     for vocab in (300, 257):
-        state, out = {**model.state_dict(), 'wte.weight': model.wte.weight[:vocab].clone()}, tmp_path / str(vocab)
-        torch.save(dict(model=state, model_config={**asdict(model.cfg), 'vocab_size': vocab},
-                        meta={'tokenizer': 'bytes'}), tmp_path / 'source.pt')
-        run(f'--source={tmp_path / "source.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={out}', '--epochs=0',
-            '--max_eval=2', '--max_new_tokens=3')
+        out = tmp_path / str(vocab)
+        state = {**model.state_dict(), 'wte.weight': model.wte.weight[:vocab].clone()}
+        content = dict(model=state, model_config={**asdict(model.cfg), 'vocab_size': vocab},
+                       meta={'tokenizer': 'bytes'})
+        torch.save(content, tmp_path / 'source.pt')
+        run(f'--source={tmp_path / "source.pt"}', f'--data_dir={folder / "toy"}',
+            f'--out_dir={out}', '--epochs=0', '--max_eval=2', '--max_new_tokens=3')
         generated.append([row['generated'] for row in summaries(out)])
     assert generated[0] == generated[1] and any(generated[0])
 
 
 def test_beams(folder, tmp_path):
     source, found = str(folder / 'vanilla.pt'), []
-    for beams, batch in ((1, 12), (3, 3), (3, 21)):  # three beams: articles one by one, and seven at a time
+    # With three beams: articles one by one, and seven at a time.
+    for beams, batch in ((1, 12), (3, 3), (3, 21)):
         out = tmp_path / f'{beams} {batch}'
-        run(f'--source={source}', f'--data_dir={folder / "toy"}', '--epochs=0', '--max_new_tokens=9', '--max_eval=12',
-            f'--out_dir={out}', f'--beams={beams}', f'--gen_batch={batch}')
+        run(f'--source={source}', f'--data_dir={folder / "toy"}', '--epochs=0',
+            '--max_new_tokens=9', '--max_eval=12', f'--out_dir={out}', f'--beams={beams}',
+            f'--gen_batch={batch}')
         found.append([row['generated'] for row in summaries(out)])
     assert found[0] != found[1] == found[2]
     model = GPT.from_pretrained(source)
     for pair, generated in zip(toy(folder, 'test', 12), found[1], strict=True):
         prompt = list(pair['document'].strip().encode())[:96 - 7 - 9] + SEP
-        new = model.generate(torch.tensor([prompt]), 9, beams=3, stop=256)[0, len(prompt):].tolist() + [256]
+        text = model.generate(torch.tensor([prompt]), 9, beams=3, stop=256)[0].tolist()
+        new = text[len(prompt):] + [256]
         assert generated == bytes(new[:new.index(256)]).decode(errors='replace').strip()
     assert result(out)['table'][2][0].endswith(', 3 beams')
     assert '- 3 beams, at most 9 new tokens' in (out / 'results.md').read_text()
@@ -336,16 +367,18 @@ def test_beams(folder, tmp_path):
 def names(folder, tmp_path_factory):
     """The script's functions, after a short run."""
     out = tmp_path_factory.mktemp('names') / 'run'
-    return run(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={out}', '--epochs=0',
-               '--max_eval=2', '--max_new_tokens=2')
+    return run(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}',
+               f'--out_dir={out}', '--epochs=0', '--max_eval=2', '--max_new_tokens=2')
 
 
 def test_rouge_is_that_of_google(names):
     rng = random.Random(0)
-    words = 'Run running runs ran, the The cat-cats cat\'s 10,000 £5m naïve café a of ties tied'.split()
+    words = ('Run running runs ran, the The cat-cats cat\'s 10,000 £5m naïve café a of ties '
+             'tied').split()
     texts = [' '.join(rng.choices(words, k=rng.randint(1, 12))) for _ in range(60)]
     texts += ['', '...', 'Same text', 'ünïcode 漢字']
-    references = texts[1:30] + texts[:1] + rng.sample(texts[:60], 30) + ['a', 'b', 'Same text', 'the']
+    references = [*texts[1:30], *texts[:1], *rng.sample(texts[:60], 30), 'a', 'b', 'Same text',
+                  'the']
     scores = names['rouge'](texts, references)
     for stemming, stem in (('no', False), ('yes', True)):
         assert scores[stemming] == pytest.approx(google(texts, references, stem), abs=1e-3)
@@ -353,9 +386,11 @@ def test_rouge_is_that_of_google(names):
 
 
 @pytest.mark.parametrize('text, first', [
-    ('One went. Two stayed.', 'One went.'), ('No end\nSecond line.', 'No end'), ('It is 3.5 m. He', 'It is 3.5 m.'),
-    ('"Is it?" He asked. So.', '"Is it?"'), ('He left the U.S.A. for good. Then.', 'He left the U.S.A. for good.'),
-    ('Up by £2. £3 more.', 'Up by £2.'), ('Only one.', 'Only one.'), ('“Go!” “No.”', '“Go!”'), ('none', 'none')])
+    ('One went. Two stayed.', 'One went.'), ('No end\nSecond line.', 'No end'),
+    ('It is 3.5 m. He', 'It is 3.5 m.'), ('"Is it?" He asked. So.', '"Is it?"'),
+    ('He left the U.S.A. for good. Then.', 'He left the U.S.A. for good.'),
+    ('Up by £2. £3 more.', 'Up by £2.'), ('Only one.', 'Only one.'), ('“Go!” “No.”', '“Go!”'),
+    ('none', 'none')])
 def test_first_sentence(text, first, names):
     assert names['first_sentence'](text) == first
 
@@ -364,7 +399,8 @@ def test_table_6(names):
     rows = names['paper']
     assert len(rows) == 21 and rows['MoE (share) large'] == (28.47, 9.47, 23.23, 20.39)
     for three in rows.values():
-        assert sum(three[:3]) / 3 == pytest.approx(three[3], abs=0.011)  # the paper rounds now up, now down
+        # The paper rounds now up, now down.
+        assert sum(three[:3]) / 3 == pytest.approx(three[3], abs=0.011)
     best = {size: max((row for row in rows if row.endswith(size)), key=lambda row: rows[row][3])
             for size in ('small', 'medium', 'large')}
     assert set(best.values()) == {f'MoM_P {size}' for size in best}
@@ -372,13 +408,13 @@ def test_table_6(names):
 
 def test_without_nltk_there_is_no_stemming(folder, tmp_path, monkeypatch):
     monkeypatch.setattr('importlib.util.find_spec', lambda name: None)
-    run(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path / "run"}',
-        '--epochs=0', '--max_eval=2', '--max_new_tokens=2')
+    run(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}',
+        f'--out_dir={tmp_path / "run"}', '--epochs=0', '--max_eval=2', '--max_new_tokens=2')
     assert [line[1] for line in result(tmp_path / 'run')['table']] == ['no', 'no']
     assert 'pip install nltk' in (tmp_path / 'run' / 'results.md').read_text()
 
 
-# ----------------------------------------------------------------------------- processes, micro-batches, seeds
+# ------------------------------------------------------------------ processes, micro-batches, seeds
 
 @pytest.mark.parametrize('model', MODELS)
 def test_micro_batches_change_nothing_but_rounding(model, folder, tmp_path):
@@ -389,22 +425,27 @@ def test_micro_batches_change_nothing_but_rounding(model, folder, tmp_path):
     assert [row['step'] for row in one] == [1, 2, 3]  # the last of one pair
     for micro in (4, 10):
         for a, b in zip(one, log(tmp_path / str(micro)), strict=True):
-            assert a['loss'] == pytest.approx(b['loss'], rel=1e-4) and a['norm'] == pytest.approx(b['norm'], rel=1e-3)
+            assert a['loss'] == pytest.approx(b['loss'], rel=1e-4)
+            assert a['norm'] == pytest.approx(b['norm'], rel=1e-3)
         a, b = (result(tmp_path / str(n))['runs'][0]['held_out_loss'] for n in (1, micro))
-        # MoD's predictor decides here, and its own loss is a mean whose weights depend a little on the micro-batch.
+        # MoD's predictor decides here, and its own loss is a mean whose weights depend a little on
+        # the micro-batch.
         assert a == pytest.approx(b, rel=5e-3 if model == 'mod' else 1e-4)
 
 
 def test_two_processes_equal_one(folder, tmp_path):
     args = [f'--source={folder / "mom.pt"}', f'--data_dir={folder / "toy"}', *ONE]
     run(*args, f'--out_dir={tmp_path / "one"}')
-    stdout = command(*args, f'--out_dir={tmp_path / "two"}', '--gen_batch=2', '--micro_batch=3', '--device=cpu',
-                     ranks=2)
+    stdout = command(*args, f'--out_dir={tmp_path / "two"}', '--gen_batch=2', '--micro_batch=3',
+                     '--device=cpu', ranks=2)
     assert 'cpu x 2' in stdout and stdout.count('held-out loss, nats') == 1
-    for a, b in zip(log(tmp_path / 'one'), log(tmp_path / 'two'), strict=True):  # in the last, one rank has no pair
-        assert a['loss'] == pytest.approx(b['loss'], rel=1e-4) and a['norm'] == pytest.approx(b['norm'], rel=1e-3)
+    # In the last step, one rank has no pair.
+    for a, b in zip(log(tmp_path / 'one'), log(tmp_path / 'two'), strict=True):
+        assert a['loss'] == pytest.approx(b['loss'], rel=1e-4)
+        assert a['norm'] == pytest.approx(b['norm'], rel=1e-3)
     one, two = result(tmp_path / 'one'), result(tmp_path / 'two')
-    assert one['runs'][0]['held_out_loss'] == pytest.approx(two['runs'][0]['held_out_loss'], rel=1e-4)
+    a, b = (report['runs'][0]['held_out_loss'] for report in (one, two))
+    assert a == pytest.approx(b, rel=1e-4)
     assert two['processes'] == 2 and summaries(tmp_path / 'one') == summaries(tmp_path / 'two')
 
 
@@ -420,63 +461,72 @@ def test_seeds(folder, tmp_path, monkeypatch):
         return out
 
     monkeypatch.setattr(GPT, 'generate', generate)
-    args = [f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path}', *ONE]
+    args = [f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}',
+            f'--out_dir={tmp_path}', *ONE]
     args += ['--seed=7', '--max_eval=28']
     run(*args)
     assert len(asked) == 1 and asked[0][:3] == (0, 1, 256)
-    assert asked[0][3] == sorted(asked[0][3], reverse=True) and asked[0][3][0] == 96 - 12 and len(asked[0][3]) == 28
+    lengths = asked[0][3]
+    assert lengths == sorted(lengths, reverse=True)
+    assert lengths[0] == 96 - 12 and len(lengths) == 28
     first = log(tmp_path, 7)
     run(*args, '--seeds=3')  # more seeds go on in the same folder
     assert len(asked) == 3 and log(tmp_path, 7) == first
     assert first[0] != log(tmp_path, 8)[0] != log(tmp_path, 9)[0]
     report = result(tmp_path)
     assert [r['seed'] for r in report['runs']] == [7, 8, 9]
-    assert report['runs'][0]['held_out_loss'][0] == report['runs'][1]['held_out_loss'][0]  # all start alike
+    starts = [r['held_out_loss'][0] for r in report['runs']]
+    assert starts[0] == starts[1]  # all start alike
     for _, stemming, mean, std in report['table'][2:]:
         for i in range(4):
             three = [r['rouge'][stemming][i] for r in report['runs']]
             assert mean[i] == pytest.approx(sum(three) / 3)
-            assert std[i] == pytest.approx((sum((x - mean[i]) ** 2 for x in three) / 2) ** 0.5, abs=1e-9)
-        assert f'| {mean[0]:.2f} ± {std[0]:.2f} |' in (tmp_path / 'results.md').read_text() and std[0] > 0.1
+            squares = sum((x - mean[i]) ** 2 for x in three)
+            assert std[i] == pytest.approx((squares / 2) ** 0.5, abs=1e-9)
+        assert f'| {mean[0]:.2f} ± {std[0]:.2f} |' in (tmp_path / 'results.md').read_text()
+        assert std[0] > 0.1
 
 
 # ----------------------------------------------------------------------------- what is said
 
 def test_what_is_cut_and_what_is_empty_is_said(folder, tmp_path, monkeypatch, capsys):
-    def generate(self, idx, max_new_tokens, lengths, **how):  # empty, but for the first, the longest
+    def generate(self, idx, max_new_tokens, lengths, **how):
+        # All are empty, but for the first, that of the longest article.
         out = torch.full((len(idx), idx.size(1) + max_new_tokens), 256)
         out[0, lengths[0]:lengths[0] + 3] = torch.tensor([*b'cat'])
         return out
 
     monkeypatch.setattr(GPT, 'generate', generate)
-    run(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path}', *ONE,
-        '--warmup=0.4')
+    run(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}',
+        f'--out_dir={tmp_path}', *ONE, '--warmup=0.4')
     stdout, report = capsys.readouterr().out, (tmp_path / 'results.md').read_text()
     for text in (stdout, report):  # the first 21 and 6 rows hold one long pair each
         assert 'articles: train truncated 1 of 21; test truncated 1 of 6 (warning: 17%' in text
         assert '- summaries that are empty: 5 of 6\n' in text
     assert 'learning rate 0.001, warm-up over 40% of the steps, float32\n' in report
     assert 'pairs of at most 96 tokens' in report
-    assert result(tmp_path)['truncated'] == dict(train=1, eval=1) and result(tmp_path)['runs'][0]['empty'] == 5
+    assert result(tmp_path)['truncated'] == dict(train=1, eval=1)
+    assert result(tmp_path)['runs'][0]['empty'] == 5
 
 
 def test_a_summary_leaves_less_room_in_training_than_in_a_prompt(folder, tmp_path):
-    """An article can fit into the prompt and be cut beside its own summary, and the other way round."""
-    rows = [dict(document='m' * 60, summary='s' * 40, id=0), dict(document='m' * 80, summary='s', id=1)]
+    """An article can fit into the prompt and be cut beside its own summary, or the reverse."""
+    rows = [dict(document='m' * 60, summary='s' * 40, id=0),
+            dict(document='m' * 80, summary='s', id=1)]
     write(tmp_path / 'test.jsonl', rows)
-    seen = run(f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path}', f'--out_dir={tmp_path / "run"}',
-               '--epochs=0', '--max_new_tokens=20')['held_out']
+    seen = run(f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path}',
+               f'--out_dir={tmp_path / "run"}', '--epochs=0', '--max_new_tokens=20')['held_out']
     assert [(e.cut, e.prompt_cut) for e in seen] == [(True, False), (False, True)]
 
 
-# ----------------------------------------------------------------------------- stopping and going on
+# ---------------------------------------------------------------------------- stopping and going on
 
 class Stop(Exception):
     pass
 
 
 def stop_after(monkeypatch, name, calls):
-    """GPT.<name> raises Stop when it is called once more than `calls` times -> a list with one entry a call."""
+    """GPT.<name> raises Stop at the call after `calls` of them -> a list with one entry a call."""
     real, seen = getattr(GPT, name), []
 
     def stopping(self, idx, *args, **kwargs):
@@ -489,26 +539,31 @@ def stop_after(monkeypatch, name, calls):
     return seen
 
 
-def test_stopped_in_training_and_resumed_equals_undisturbed_bit_for_bit(folder, tmp_path, monkeypatch):
+def test_stopped_in_training_and_resumed_equals_undisturbed_bit_for_bit(
+        folder, tmp_path, monkeypatch):
     args = [f'--source={folder / "mom.pt"}', f'--data_dir={folder / "toy"}', *ONE, '--epochs=3']
     run(*args, f'--out_dir={tmp_path / "whole"}')
     with monkeypatch.context() as patch:
-        # an evaluation of one batch, an epoch of 5 batches (2 + 2 + 1), an evaluation, 2 batches of the second epoch
+        # An evaluation of one batch, an epoch of 5 batches (2 + 2 + 1), an evaluation, 2 batches of
+        # the second epoch.
         stop_after(patch, 'loss', 1 + 5 + 1 + 2)
         with pytest.raises(Stop):
             run(*args, f'--out_dir={tmp_path / "broken"}')
     saved = torch.load(tmp_path / 'broken' / 'seed1' / 'last.pt', weights_only=True)
     assert saved['epoch'] == 1 and saved['optimizer'] is not None
     run(*args, f'--out_dir={tmp_path / "broken"}')
-    whole, broken = (torch.load(tmp_path / n / 'seed1' / 'last.pt', weights_only=True) for n in ('whole', 'broken'))
+    whole, broken = (torch.load(tmp_path / n / 'seed1' / 'last.pt', weights_only=True)
+                     for n in ('whole', 'broken'))
     assert all(torch.equal(w, broken['model'][key]) for key, w in whole['model'].items())
-    assert whole['losses'] == broken['losses'] and whole['log'] == broken['log'] and len(whole['log']) == 9
+    assert whole['losses'] == broken['losses']
+    assert whole['log'] == broken['log'] and len(whole['log']) == 9
     assert log(tmp_path / 'whole') == log(tmp_path / 'broken')
     assert summaries(tmp_path / 'whole') == summaries(tmp_path / 'broken')
 
 
 def test_stopped_in_generation_goes_on_where_it_was(folder, tmp_path, monkeypatch):
-    args = [f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', *ONE, '--gen_batch=2']
+    args = [f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', *ONE,
+            '--gen_batch=2']
     run(*args, f'--out_dir={tmp_path / "whole"}')
     out = tmp_path / 'broken'
     with monkeypatch.context() as patch:
@@ -517,7 +572,8 @@ def test_stopped_in_generation_goes_on_where_it_was(folder, tmp_path, monkeypatc
             run(*args, f'--out_dir={out}')
     path = out / 'seed1' / 'summaries.jsonl'
     assert len(path.read_text().splitlines()) == 4
-    path.write_text(path.read_text()[:-10])  # as a crash would leave it: the fourth line is cut in half
+    # As a crash would leave it: the fourth line is cut in half.
+    path.write_text(path.read_text()[:-10])
     with monkeypatch.context() as patch:
         seen, trained = stop_after(patch, 'generate', 99), stop_after(patch, 'loss', 99)
         run(*args, f'--out_dir={out}')
@@ -532,9 +588,10 @@ def test_another_run_in_the_same_folder_is_refused(folder, tmp_path, monkeypatch
     args = [f'--source={source}', f'--data_dir={data}', f'--out_dir={out}', *ONE]
     run(*args)
     first = log(out)
-    for extra, message in ((['--learning_rate=0.1'], 'learning_rate=0.001, this one has 0.1'),
-                           (['--eval_split=validation'], "eval_split='test'"), (['--beams=2'], 'beams=1')):
-        refusal = fails(*args, *extra)
+    for extra, message in (('--learning_rate=0.1', 'learning_rate=0.001, this one has 0.1'),
+                           ('--eval_split=validation', "eval_split='test'"),
+                           ('--beams=2', 'beams=1')):
+        refusal = fails(*args, extra)
         assert message in refusal and '--overwrite=True' in refusal
     shutil.copy(trained_weights(folder, tmp_path), source)  # other weights at the same place
     assert 'weights_sha256=' in fails(*args)
@@ -542,7 +599,8 @@ def test_another_run_in_the_same_folder_is_refused(folder, tmp_path, monkeypatch
     write(data / 'test.jsonl', pairs(6, 77))
     assert 'data_sha256=' in fails(*args)
     assert log(out) == first and summaries(out)[0]['id'] == '4-0'
-    with monkeypatch.context() as patch:  # what starts anew and does not get far leaves nothing of the old run
+    # What starts anew and does not get far leaves nothing of the old run.
+    with monkeypatch.context() as patch:
         stop_after(patch, 'loss', 2)
         with pytest.raises(Stop):
             run(*args, '--overwrite=True')
@@ -554,7 +612,8 @@ def test_another_run_in_the_same_folder_is_refused(folder, tmp_path, monkeypatch
     assert 'run.json is not a result of this script' in fails(*args)
     (out / 'run.json').unlink()  # as in a folder of something else's
     assert 'it is of something else' in fails(*args, inside)
-    assert len(log(out)) == 3 and [row['id'] for row in summaries(out)] == [f'77-{i}' for i in range(6)]
+    assert len(log(out)) == 3
+    assert [row['id'] for row in summaries(out)] == [f'77-{i}' for i in range(6)]
 
 
 def trained_weights(folder, tmp_path):
@@ -565,11 +624,13 @@ def trained_weights(folder, tmp_path):
 
 
 def test_ctrl_c_keeps_whole_epochs_and_says_so(folder, tmp_path):
-    args = [f'--source={folder / "mom.pt"}', f'--data_dir={folder / "toy"}', *ONE, '--epochs=30', '--device=cpu']
+    args = [f'--source={folder / "mom.pt"}', f'--data_dir={folder / "toy"}', *ONE, '--epochs=30',
+            '--device=cpu']
     run(*args, f'--out_dir={tmp_path / "whole"}')
     out = tmp_path / 'out'
-    process = subprocess.Popen([sys.executable, SCRIPT, *args, f'--out_dir={out}', '--overwrite=True'],
-                               cwd=common.ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    words = [sys.executable, SCRIPT, *args, f'--out_dir={out}', '--overwrite=True']
+    process = subprocess.Popen(words, cwd=common.ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
     while not (out / 'seed1' / 'last.pt').exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
@@ -580,13 +641,15 @@ def test_ctrl_c_keeps_whole_epochs_and_says_so(folder, tmp_path):
         'command goes on there, without --overwrite')
     assert 1 <= torch.load(out / 'seed1' / 'last.pt', weights_only=True)['epoch'] < 30
     run(*args, f'--out_dir={out}')
-    whole, broken = (torch.load(path / 'seed1' / 'last.pt', weights_only=True) for path in (tmp_path / 'whole', out))
+    whole, broken = (torch.load(path / 'seed1' / 'last.pt', weights_only=True)
+                     for path in (tmp_path / 'whole', out))
     assert all(torch.equal(w, broken['model'][key]) for key, w in whole['model'].items())
     assert whole['losses'] == broken['losses'] and summaries(tmp_path / 'whole') == summaries(out)
 
 
 def test_two_runs_do_not_share_a_folder(folder, tmp_path):
-    args = [f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path}', *ONE]
+    args = [f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}',
+            f'--out_dir={tmp_path}', *ONE]
     with open(tmp_path / '.lock', 'w') as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # as another process does
         assert f'another run is at work in {tmp_path}' in fails(*args)
@@ -609,33 +672,38 @@ def test_no_fp64_is_made_on_the_device(folder, tmp_path, monkeypatch):
         return make(*args, **kwargs)
 
     monkeypatch.setattr(torch, 'tensor', watched)
-    run(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path}', *ONE)
+    run(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}',
+        f'--out_dir={tmp_path}', *ONE)
 
 
 # ----------------------------------------------------------------------------- data
 
 @pytest.mark.parametrize('ending', ['parquet', 'csv', 'tsv'])
 def test_every_format_is_read_alike(ending, folder, tmp_path):
-    text = '"Quoted", it begins' if ending == 'tsv' else 'A "quoted", text\nof two\tlines'  # a row is a line
-    rows = [dict(document=text, summary='NA', id='007'), dict(document='null', summary='2', id='08'),
+    text = 'A "quoted", text\nof two\tlines'
+    if ending == 'tsv':  # a row is a line
+        text = '"Quoted", it begins'
+    rows = [dict(document=text, summary='NA', id='007'),
+            dict(document='null', summary='2', id='08'),
             dict(document='"A', summary='"B', id='2019-05-01'), *pairs(3, 9)]
     for name in ('jsonl', ending):
         (tmp_path / name).mkdir()
         write(tmp_path / name / f'test.{name}', rows)
-        run(f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path / name}', '--epochs=0', '--max_new_tokens=2',
-            f'--out_dir={tmp_path / name / "run"}')
-    assert result(tmp_path / 'jsonl' / 'run')['data_sha256'] == result(tmp_path / ending / 'run')['data_sha256']
-    assert summaries(tmp_path / 'jsonl' / 'run') == summaries(tmp_path / ending / 'run')
-    assert [row['id'] for row in summaries(tmp_path / ending / 'run')][:3] == ['007', '08', '2019-05-01']
+        run(f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path / name}', '--epochs=0',
+            '--max_new_tokens=2', f'--out_dir={tmp_path / name / "run"}')
+    one, other = (tmp_path / name / 'run' for name in ('jsonl', ending))
+    assert result(one)['data_sha256'] == result(other)['data_sha256']
+    assert summaries(one) == summaries(other)
+    assert [row['id'] for row in summaries(other)][:3] == ['007', '08', '2019-05-01']
 
 
 def test_one_file_is_cut_into_three(folder, tmp_path):
     write(tmp_path / 'all.jsonl', pairs(40, 8))
 
     def ids(split, *args):
-        names = run(f'--source={folder / "vanilla.pt"}', f'--data_file={tmp_path / "all.jsonl"}', '--epochs=0',
-                    f'--out_dir={tmp_path / "run"}', '--overwrite=True', '--max_new_tokens=2', '--split=0.7,0.1,0.2',
-                    *args)
+        names = run(f'--source={folder / "vanilla.pt"}', f'--data_file={tmp_path / "all.jsonl"}',
+                    '--epochs=0', f'--out_dir={tmp_path / "run"}', '--overwrite=True',
+                    '--max_new_tokens=2', '--split=0.7,0.1,0.2', *args)
         return [e.id for e in names['read'](split, 0)[0]]
 
     parts = {split: ids(split) for split in ('train', 'validation', 'test')}
@@ -655,29 +723,34 @@ def test_the_hub(folder, tmp_path, monkeypatch):
     def hub(name, config, split, streaming):
         assert config is None and not streaming
         asked.append((name, split))
-        return datasets.Dataset.from_list([dict(document=' ', summary='x', id='none'), *pairs(22, len(split))])
+        empty = dict(document=' ', summary='x', id='none')
+        return datasets.Dataset.from_list([empty, *pairs(22, len(split))])
 
     monkeypatch.setattr(datasets, 'load_dataset', unreachable)
-    assert 'EdinburghNLP/xsum could not be loaded (no route): give local files, --data_dir=' in fails(*args)
+    message = 'EdinburghNLP/xsum could not be loaded (no route): give local files, --data_dir='
+    assert message in fails(*args)
     assert not os.listdir(tmp_path)
     monkeypatch.setattr(datasets, 'load_dataset', hub)
     run(*args)
     assert asked == [('EdinburghNLP/xsum', 'test'), ('EdinburghNLP/xsum', 'train')]
     report = result(tmp_path)
     assert report['rows_without_text'] == {'train': 1, 'eval': 1} and report['train_pairs'] == 21
-    assert [row['id'] for row in summaries(tmp_path)] == [f'4-{i}' for i in range(6)]  # max_eval counts what is used
+    # The setting max_eval counts what is used.
+    assert [row['id'] for row in summaries(tmp_path)] == [f'4-{i}' for i in range(6)]
 
 
 def test_a_file_that_was_replaced_is_read_anew(folder, tmp_path):
     path = tmp_path / 'data' / 'test.jsonl'
-    args = [f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path / "data"}', '--epochs=0', '--max_new_tokens=2']
+    args = [f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path / "data"}', '--epochs=0',
+            '--max_new_tokens=2']
     path.parent.mkdir()
     for word in ('cat', 'dog'):
         write(path, [dict(document=f'a {word} sat', summary=word, id='2019-05-01')])
         os.utime(path, (1_700_000_000, 1_700_000_000))  # the same time for both
         run(*args, f'--out_dir={tmp_path / word}')
         row, = summaries(tmp_path / word)
-        assert (row['id'], row['reference'], row['document']) == ('2019-05-01', word, f'a {word} sat')
+        assert row['id'] == '2019-05-01' and row['reference'] == word
+        assert row['document'] == f'a {word} sat'
     assert result(tmp_path / 'cat')['data_sha256'] != result(tmp_path / 'dog')['data_sha256']
 
 
@@ -690,15 +763,16 @@ def test_local_files_need_no_datasets_and_no_home(folder, tmp_path, monkeypatch)
         data = tmp_path / ending
         data.mkdir()
         write(data / f'test.{ending}', pairs(3, 9))
-        run(f'--source={folder / "vanilla.pt"}', f'--data_dir={data}', f'--out_dir={data}/run', '--epochs=0',
-            '--max_new_tokens=2')
+        run(f'--source={folder / "vanilla.pt"}', f'--data_dir={data}', f'--out_dir={data}/run',
+            '--epochs=0', '--max_new_tokens=2')
 
 
 def test_the_shards_of_the_hub_are_read_as_they_are(folder, tmp_path):
     rows = list(pairs(9, 9))
     for n in range(3):
         write(tmp_path / f'test-{n:05}-of-00003.parquet', rows[3 * n:3 * n + 3])
-    args = [f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path}', '--epochs=0', '--max_new_tokens=2']
+    args = [f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path}', '--epochs=0',
+            '--max_new_tokens=2']
     run(*args, f'--out_dir={tmp_path / "run"}')
     assert [row['id'] for row in summaries(tmp_path / 'run')] == [row['id'] for row in rows]
     (tmp_path / 'test-00002-of-00003.parquet').unlink()
@@ -709,7 +783,8 @@ GOOD = '{"document": "a cat", "summary": "cat", "id": 1}\n'
 
 
 @pytest.mark.parametrize('name, text, message', [
-    ('test.jsonl', '', 'test.jsonl leaves no row for test'), ('test.jsonl', '\n\n', 'test.jsonl leaves no row'),
+    ('test.jsonl', '', 'test.jsonl leaves no row for test'),
+    ('test.jsonl', '\n\n', 'test.jsonl leaves no row'),
     ('test.csv', 'document,summary,id\n', 'test.csv leaves no row'),
     ('test.parquet', 'no', 'test.parquet, row 1 cannot be read'),
     ('test.jsonl', GOOD + '{"document": "a', 'test.jsonl, row 2 cannot be read'),
@@ -718,37 +793,47 @@ GOOD = '{"document": "a cat", "summary": "cat", "id": 1}\n'
     ('test.csv', 'document,summary\na,b\n"c"d,e\n', 'test.csv, row 2 cannot be read'),
     ('test.jsonl', '{"article": "a cat", "summary": "cat"}\n',
      "row 1 has no text in 'document', its columns are article, summary"),
-    ('test.csv', 'document,text\na,b\n', "row 1 has no text in 'summary', its columns are document, text"),
-    ('test.jsonl', GOOD + '{"document": "a cat", "summary": " "}\n', "row 2 has no text in 'summary'"),
+    ('test.csv', 'document,text\na,b\n',
+     "row 1 has no text in 'summary', its columns are document, text"),
+    ('test.jsonl', GOOD + '{"document": "a cat", "summary": " "}\n',
+     "row 2 has no text in 'summary'"),
     ('test.jsonl', GOOD + GOOD + '{"summary": "a cat"}\n', "row 3 has no text in 'document'"),
     ('test.jsonl', '{"document": 5, "summary": "cat"}\n', "row 1 has no text in 'document'"),
-    ('test.jsonl', '{"document": "\\ud83d", "summary": "cat"}\n', "row 1 has no text in 'document'"),
-    ('test.csv', 'document,summary,id\na, b,c,d\n', 'row 1 cannot be read (it has more or fewer values'),
+    ('test.jsonl', '{"document": "\\ud83d", "summary": "cat"}\n',
+     "row 1 has no text in 'document'"),
+    ('test.csv', 'document,summary,id\na, b,c,d\n',
+     'row 1 cannot be read (it has more or fewer values'),
     ('test.tsv', 'document\tsummary\na\tb\n"c\td\te"\n', 'test.tsv, row 2 cannot be read'),
-    ('tset.jsonl', GOOD, 'has no split test: it holds tset.jsonl; give one of test.jsonl, test.parquet, test.csv'),
+    ('tset.jsonl', GOOD,
+     'has no split test: it holds tset.jsonl; give one of test.jsonl, test.parquet, test.csv'),
     ('test.txt', GOOD, 'has no split test: it holds test.txt; give one of')])
 def test_bad_files(name, text, message, folder, tmp_path):
     (tmp_path / 'data').mkdir()
     (tmp_path / 'data' / name).write_bytes(text if isinstance(text, bytes) else text.encode())
-    args = [f'--source={folder / "vanilla.pt"}', f'--out_dir={tmp_path / "run"}', '--epochs=0', '--max_new_tokens=2']
-    sentence = fails(*args, f'--data_dir={tmp_path / "data"}')
-    assert message in sentence and str(tmp_path) in sentence and not any((tmp_path / 'run').glob('*'))
+    sentence = fails(f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path / "data"}',
+                     f'--out_dir={tmp_path / "run"}', '--epochs=0', '--max_new_tokens=2')
+    assert message in sentence and str(tmp_path) in sentence
+    assert not any((tmp_path / 'run').glob('*'))
 
 
 def test_two_files_of_one_split_and_wrong_endings(folder, tmp_path):
-    args = [f'--source={folder / "vanilla.pt"}', f'--out_dir={tmp_path / "run"}', '--epochs=0', '--max_new_tokens=2']
+    args = [f'--source={folder / "vanilla.pt"}', f'--out_dir={tmp_path / "run"}', '--epochs=0',
+            '--max_new_tokens=2']
     for name in ('test.jsonl', 'test.csv', 'all.txt', 'one.jsonl'):
         (tmp_path / name).write_text(GOOD if name.endswith('jsonl') else 'document,summary\na,b\n')
     assert 'test.jsonl are the same split: keep one' in fails(*args, f'--data_dir={tmp_path}')
-    assert 'all.txt is no file with one of the endings .jsonl, ' in fails(*args, f'--data_file={tmp_path / "all.txt"}')
-    assert 'nothing.csv is no file' in fails(*args, f'--data_file={tmp_path / "nothing.csv"}')
-    assert 'no row for test: give more rows or other shares' in fails(*args, f'--data_file={tmp_path / "one.jsonl"}')
+    for name, message in (
+            ('all.txt', 'all.txt is no file with one of the endings .jsonl, '),
+            ('nothing.csv', 'nothing.csv is no file'),
+            ('one.jsonl', 'no row for test: give more rows or other shares')):
+        assert message in fails(*args, f'--data_file={tmp_path / name}')
 
 
 def test_rows_without_text_can_be_left_out(folder, tmp_path):
-    (tmp_path / 'test.jsonl').write_text(GOOD + '{"document": "", "summary": "x", "id": 2}\n' + GOOD.replace('1', '3'))
-    run(f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path}', f'--out_dir={tmp_path / "run"}', '--epochs=0',
-        '--max_new_tokens=2', '--skip_empty=True')
+    empty = '{"document": "", "summary": "x", "id": 2}\n'
+    (tmp_path / 'test.jsonl').write_text(GOOD + empty + GOOD.replace('1', '3'))
+    run(f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path}',
+        f'--out_dir={tmp_path / "run"}', '--epochs=0', '--max_new_tokens=2', '--skip_empty=True')
     assert [row['id'] for row in summaries(tmp_path / 'run')] == ['1', '3']
     assert result(tmp_path / 'run')['rows_without_text'] == {'train': 0, 'eval': 1}
 
@@ -758,13 +843,14 @@ def test_rows_without_text_can_be_left_out(folder, tmp_path):
 @pytest.mark.parametrize('args, message', [
     (['--batch_size=0'], 'batch_size=0 must be at least 1'), (['--warmup=1'], '0 <= warmup < 1'),
     (['--eval_split=train'], 'one of test, validation'), (['--data_file=x.csv'], 'are both given'),
-    (['--split=0.5,0.5'], 'three shares'), (['--split=0.5,0.5,0.5'], 'three shares'), (['--split=a,1,0'], 'as 0.8,'),
-    (['--split=0.8,0.1.0,0.1'], 'three shares'),
-    (['--paper_row=MoM_P tiny'], 'MoM_P small'), (['--dtype=float16'], "one of 'auto', 'bfloat16', 'float32'"),
+    (['--split=0.5,0.5'], 'three shares'), (['--split=0.5,0.5,0.5'], 'three shares'),
+    (['--split=a,1,0'], 'as 0.8,'), (['--split=0.8,0.1.0,0.1'], 'three shares'),
+    (['--paper_row=MoM_P tiny'], 'MoM_P small'),
+    (['--dtype=float16'], "one of 'auto', 'bfloat16', 'float32'"),
     (['--max_new_tokens=89'], 'take fewer --max_new_tokens'), (['--source=nowhere'], 'nowhere')])
 def test_bad_settings(args, message, folder, tmp_path):
-    assert message in fails(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}', '--max_new_tokens=2',
-                            f'--out_dir={tmp_path}', *args)
+    assert message in fails(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}',
+                            '--max_new_tokens=2', f'--out_dir={tmp_path}', *args)
     assert not os.listdir(tmp_path)
 
 
@@ -772,20 +858,24 @@ def test_a_loss_that_is_not_finite_stops_the_run(folder, tmp_path):
     state = torch.load(folder / 'vanilla.pt', weights_only=True)
     state['model']['ln_f.weight'][0] = float('nan')
     torch.save(state, tmp_path / 'nan.pt')
-    assert 'step 1: loss nan' in fails(f'--source={tmp_path / "nan.pt"}', f'--data_dir={folder / "toy"}',
-                                       f'--out_dir={tmp_path / "run"}', *ONE)
+    sentence = fails(f'--source={tmp_path / "nan.pt"}', f'--data_dir={folder / "toy"}',
+                     f'--out_dir={tmp_path / "run"}', *ONE)
+    assert 'step 1: loss nan' in sentence
 
 
 def test_gpt2_in_hugging_face_format_and_in_bfloat16(folder, tmp_path):
     shape = dict(n_embd=16, n_layer=1, n_head=2, n_positions=64)
     transformers.GPT2LMHeadModel(transformers.GPT2Config(**shape)).save_pretrained(tmp_path / 'hf')
-    run(f'--source={tmp_path / "hf"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path / "run"}', *ONE,
-        '--dtype=bfloat16', '--max_train=8', '--separator= In short:')
+    run(f'--source={tmp_path / "hf"}', f'--data_dir={folder / "toy"}',
+        f'--out_dir={tmp_path / "run"}', *ONE, '--dtype=bfloat16', '--max_train=8',
+        '--separator= In short:')
     report = result(tmp_path / 'run')
     assert report['settings']['length'] == 64 and report['settings']['dtype'] == 'bfloat16'
-    assert torch.load(tmp_path / 'run' / 'seed1' / 'last.pt', weights_only=True)['meta'] == {'tokenizer': 'gpt2'}
+    saved = torch.load(tmp_path / 'run' / 'seed1' / 'last.pt', weights_only=True)
+    assert saved['meta'] == {'tokenizer': 'gpt2'}
     assert report['runs'][0]['held_out_loss'][0] == pytest.approx(10.82, abs=0.2)  # log of 50,257
     small = transformers.GPT2Config(**shape, vocab_size=300, bos_token_id=0, eos_token_id=0)
     transformers.GPT2LMHeadModel(small).save_pretrained(tmp_path / 'small')
     assert 'give weights that were trained with this tokenizer' in fails(
-        f'--source={tmp_path / "small"}', f'--data_dir={folder / "toy"}', f'--out_dir={tmp_path / "new"}', *ONE)
+        f'--source={tmp_path / "small"}', f'--data_dir={folder / "toy"}',
+        f'--out_dir={tmp_path / "new"}', *ONE)
