@@ -1,4 +1,5 @@
-# Phase one of Table 4: a GPT-2 of 8 layers, 20k steps. The paper does not say how wide; this is as wide as small.
+# Phase one of Table 4: a GPT-2 of 8 layers, 20k steps. The paper does not say how wide; this is as
+# wide as small.
 #   torchrun --nproc_per_node=8 train.py config/gpt2_8l.py
 # 96M parameters, 6.8e+18 FLOPs: 2 hours at 40% of the peak of 8 A100.
 

@@ -1,4 +1,5 @@
-# The demo's comparison: the vanilla model of phase one, trained on for the steps and the batches of mom_demo.py.
+# The demo's comparison: the vanilla model of phase one, trained on for the steps and the batches of
+# mom_demo.py.
 #   python train.py config/gpt2_demo_continued.py        after config/gpt2_demo.py
 # 1.2M parameters, about a minute on 2 CPU cores.
 

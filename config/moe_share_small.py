@@ -1,5 +1,5 @@
-# MoE (share) on gpt2, a baseline of Table 1: attention in its order, and for each token two of the four
-# feed-forward modules of the chunk, routed as in Mixtral. 10k steps.
+# MoE (share) on gpt2, a baseline of Table 1: attention in its order, and for each token two of the
+# four feed-forward modules of the chunk, routed as in Mixtral. 10k steps.
 #   torchrun --nproc_per_node=8 train.py config/moe_share_small.py
 # 124M parameters, 25k of them in routers; 5.7e+18 FLOPs: 2 hours at 40% of the peak of 8 A100.
 # To start from your own phase one: --init_from=out/gpt2_small

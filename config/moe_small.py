@@ -1,5 +1,5 @@
-# Mixture-of-Experts on gpt2, a baseline of Table 1: four experts a layer, two for each token, routed as in
-# Mixtral. 10k steps.
+# Mixture-of-Experts on gpt2, a baseline of Table 1: four experts a layer, two for each token,
+# routed as in Mixtral. 10k steps.
 #   torchrun --nproc_per_node=8 train.py config/moe_small.py
 # 295M parameters, 37k of them in routers; 6.3e+18 FLOPs: 2 hours at 40% of the peak of 8 A100.
 # To start from your own phase one: --init_from=out/gpt2_small

@@ -1,6 +1,8 @@
-# Table 4: the 8 layers of gpt2_8l.py cut into [1-1-4-1-1], 5k steps. Other rows: --chunks=8 --H=8, --chunks=4-4, ...
+# Table 4: the 8 layers of gpt2_8l.py cut into [1-1-4-1-1], 5k steps. Other rows: --chunks=8 --H=8,
+# --chunks=4-4, ...
 #   torchrun --nproc_per_node=8 train.py config/mom_8l_k2h4s.py        after config/gpt2_8l.py
-# 98M parameters, 1.6M of them in routers; 2.2e+18 FLOPs if no token skips: 1 hour at 40% of the peak of 8 A100.
+# 98M parameters, 1.6M of them in routers; 2.2e+18 FLOPs if no token skips: 1 hour at 40% of the
+# peak of 8 A100.
 
 out_dir = 'out/mom_8l_k2h4s'
 data_dir = 'data/openwebtext_gpt2'

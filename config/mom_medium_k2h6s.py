@@ -1,4 +1,5 @@
-# MoM_P-medium, the performant one of Table 1: gpt2-medium cut into modules, with fresh routers, 10k steps.
+# MoM_P-medium, the performant one of Table 1: gpt2-medium cut into modules, with fresh routers, 10k
+# steps.
 #   torchrun --nproc_per_node=8 train.py config/mom_medium_k2h6s.py
 # 363M parameters, 7.9M of them in routers; 2.7e+19 FLOPs if no token skips: 8 hours at 40% of the
 # peak of 8 A100. To start from your own phase one: --init_from=out/gpt2_medium

@@ -1,4 +1,5 @@
-# MoM_I-medium, between the two of Table 1: gpt2-medium cut into modules, with fresh routers, 10k steps.
+# MoM_I-medium, between the two of Table 1: gpt2-medium cut into modules, with fresh routers, 10k
+# steps.
 #   torchrun --nproc_per_node=8 train.py config/mom_medium_k3h2s.py
 # 363M parameters, 7.9M of them in routers; 1.6e+19 FLOPs if no token skips: 4 hours at 40% of the
 # peak of 8 A100. To start from your own phase one: --init_from=out/gpt2_medium
