@@ -127,8 +127,9 @@ if not data_dir:
 recipes, rows, claims = paper.cells(S), paper.rows(S), paper.claims(S)
 budgets = ['vanilla', *(name for name in recipes if name.startswith('vanilla_x'))]
 budgets.sort(key=lambda name: recipes[name].steps)  # and so by their FLOPs
-phase_two = [name for name, cell in recipes.items()
-             if cell.family != 'vanilla' and cell.needs == 'phase_one']
+# What stands beside GPT-2 of as many FLOPs; Table 4's at scale paper are of another size.
+beside_gpt2 = [name for name, cell in recipes.items()
+               if cell.family in ('mom', 'layers') and cell.needs != 'phase_one_8']
 
 asked_rows = [row for table in chosen for row in rows[table]]
 known = unique(name for row in asked_rows for name in (row.cell, row.baseline))
@@ -343,14 +344,21 @@ def record(name, seed):
     name = name.removeprefix(EQUAL)
     nearest = [record(budget, seed) for budget in around(name, seed)]
     if nearest:
-        x = [math.log(found['pflops']) for found in nearest]
+        key = flops_key(name)
+        x = [math.log(found[key]) for found in nearest]
         y = [found['loss'] for found in nearest]
-        return dict(loss=float(np.interp(math.log(record(name, seed)['pflops']), x, y)))
+        return dict(loss=float(np.interp(math.log(record(name, seed)[key]), x, y)))
+
+
+def flops_key(name):
+    """Which FLOPs of a cell are compared: phase two's, or all if it has no phase one to share."""
+    return 'pflops' if recipes[name].needs == 'phase_one' else 'pflops_in_all'
 
 
 def around(name, seed):
     """The vanilla model's two continuations of the next fewer and more FLOPs, () if not in."""
-    pflops = {one: found['pflops'] for one in [name, *budgets] if (found := record(one, seed))}
+    key = flops_key(name)
+    pflops = {one: found[key] for one in [name, *budgets] if (found := record(one, seed))}
     there = [budget for budget in budgets if budget in pflops]
     for less, more in zip(there, there[1:]):
         if name in pflops and pflops[less] <= pflops[name] <= pflops[more]:
@@ -414,7 +422,7 @@ def numbers_of(row):
         away, equal = (0.0, None, len(found)), None
         if name != row.baseline:
             away = contrast({name: 1, row.baseline: -1})
-        if name in phase_two:
+        if name in beside_gpt2:
             equal = contrast({name: 1, EQUAL + name: -1})
         numbers.update(difference=away, equal_flops=equal)
     return numbers
@@ -468,7 +476,8 @@ def heading():
         'the last step, in nats per token, ± the standard deviation over seeds; differences are '
         "seed by seed, ± their standard error. PFLOPs are of training, by the method's count "
         "with the modules that were chosen; for as many, the vanilla model's loss is "
-        "interpolated between its continuations. The paper's figures are of "
+        "interpolated between its continuations: as many in phase two, or, from scratch, in all. "
+        "The paper's figures are of "
         f'GPT-2-{S["size"]}, or as its table says.', '',
         f'Learning rates: phase one, and all from scratch, {S["rate"]:g}; phase two by the loss of '
         'seed 1 (if the best is the first or the last, --rates is too short): '
@@ -631,8 +640,9 @@ def draw_axis(where):
                      if table.get(label, {}).get(which)}
             if found:
                 mean, error, _ = zip(*found.values())
-                style = 'o--' if 'layers' in label else 'o-'
-                color = {'K1H4S': 'C0', 'K2H6S': 'C1', 'K3H1S': 'C2'}[label.split(',')[0]]
+                assembly, start = label.split(', ')
+                color = {'K1H4S': 'C0', 'K2H6S': 'C1', 'K3H1S': 'C2'}[assembly]
+                style = {'fresh': 'o-', 'begins at the layers': 'o--', 'from scratch': 'o:'}[start]
                 ax.errorbar(list(found), mean, [e or 0 for e in error], fmt=style, color=color,
                             capsize=2, label=label)
         ax.axhline(0, color='k', lw=0.8)
@@ -749,7 +759,7 @@ def close_ones():
         if name not in wanted or name in (row.baseline, 'phase_one', *budgets):
             continue
         compared = {row.baseline: [row.baseline]}
-        if name in phase_two:
+        if name in beside_gpt2:
             compared[EQUAL + name] = around(name, 1)
         for other, baselines in compared.items():
             found = contrast({name: 1, other: -1})

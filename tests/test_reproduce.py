@@ -245,6 +245,26 @@ def test_verdicts_and_learning_rates_on_made_up_numbers(tmp_path):
     assert rows['same']['equal_flops'][2] == 1 and rows['scratch_more']['equal_flops'] is None
 
 
+def test_from_scratch_as_many_flops_are_those_in_all(tmp_path):
+    """Without a phase one to share, GPT-2 of as many FLOPs has them in both phases together."""
+    out, (one, two), mom = tmp_path / 'run', (6, 60), dict(K=2, H=6, skip=True)
+    make_up(out, 'phase_one', 4.0, needs='', steps=one)
+    for name, loss, n in (('vanilla', 3.0, 60), ('vanilla_x1.7', 2.8, 102),
+                          ('vanilla_x3.2', 2.6, 192)):
+        make_up(out, name, loss, steps=n)
+    make_up(out, 'scratch', 3.5, needs='', steps=one, **mom)
+    make_up(out, 'scratch_more', 2.9, needs='scratch', steps=two, **mom)
+    args = ['--scale=tiny', f'--out_dir={out}', '--steps=[6,60]', '--rates=[0.01]',
+            '--only=axis', '--report=True']
+    subprocess.run(command('reproduce.py', *args), cwd=common.ROOT, env=ENV, check=True)
+    rows = {row['cell']: row for row in results(out)['rows']['axis']}
+    per_step = rows['scratch_more']['runs'][0]['pflops'] * 1e15 / two
+    as_long = per_step * (one + two) / dense_flops()  # steps of GPT-2 that cost as much
+    assert one + 102 < as_long < one + 192
+    as_many = np.interp(np.log(as_long), np.log([one + 102, one + 192]), [2.8, 2.6])
+    assert rows['scratch_more']['equal_flops'] == [pytest.approx(2.9 - as_many), None, 1]
+
+
 def test_results_that_are_kept_need_no_folders(text, tmp_path):  # noqa: F811
     """--keep stores log and result of a finished run; a report from them alone is the same."""
     out, kept, other = tmp_path / 'out', tmp_path / 'kept', tmp_path / 'other'
