@@ -374,7 +374,7 @@ def claims(S):
                                   below(name, other)))
     for what, other in (('steps', 'vanilla'), ('FLOPs', EQUAL + 'scratch_more')):
         made.append(Claim('axis', f'K2H6S, from scratch, ends below GPT-2 of as many {what} in all',
-                          f'2.78 and {gpt2} (of fewer steps)', below('scratch_more', other)))
+                          '2.78 and 2.81 (of fewer steps)', below('scratch_more', other)))
     if S['scale'] == 'ratio':
         for times in LONGER:
             text = f'K2H6S, fresh, ends below GPT-2 if phase two is {times} times as long'

@@ -608,16 +608,18 @@ def draw_fig5(curves):
 def draw_starts():
     """When have fresh routers caught up? Validation loss against tokens per parameter."""
     fig, ax = plt.subplots(figsize=(7, 4.5), layout='constrained')
-    for row in rows['starts']:
+    lowest = []
+    for n, row in enumerate(rows['starts']):
         if record(row.cell, 1):
             log = [line for line in log_of(tuned(row.cell, 1)) if line['val_loss']]
             x = [int(line['step']) * (tokens_per_step / n_params) for line in log]
             y = [float(line['val_loss']) for line in log]
             style = '--' if recipes[row.cell].family == 'vanilla' else '-'
-            ax.plot(x, y, style, marker='o', ms=3, label=row.label)
-    if found := record('phase_one', 1):
+            ax.plot(x, y, style, color=f'C{n // 2}', marker='o', ms=3, label=row.label)  # in pairs
+            lowest.append(min(y))
+    if lowest and (found := record('phase_one', 1)):
         ax.axhline(found['loss'], color='k', lw=0.8, ls=':', label='phase one')
-        ax.set_ylim(top=found['loss'] + 0.15)
+        ax.set_ylim(min(lowest) - 0.01, found['loss'] + 0.15)
     ax.set(xlabel='tokens per parameter in phase two', ylabel='validation loss, nats per token')
     if ax.lines:
         ax.legend()
