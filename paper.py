@@ -171,6 +171,11 @@ def cells(S):
     add('scratch_more', needs='scratch', K=2, H=6, skip=True)
     add('same', K=2, H=6, skip=True, tied=True)
 
+    # Beside MoM from scratch: each layer of the chunk is applied twice. What is reuse alone worth?
+    twice = dict(phi='share', K=1, c_share=[0, 0, 1, 1, 2, 2, 3, 3])
+    add('twice', needs='', steps=one, **twice)
+    add('twice_more', needs='twice', **twice)
+
     # Figures 3 and 5
     for f, a in GRID:
         add(f'na{a}_nf{f}', K=max(a, f), H=S['fig3_H'], skip=False, N_A=a, N_F=f)
@@ -250,7 +255,8 @@ def rows(S):
     narrow = 'K1H4S, begins at the layers, routers a quarter as wide'
     routers = [vanilla, *more, *both_starts(AT_LAYERS), Row(narrow, 'k1h4s_layers_narrow')]
     axis = [vanilla, *longer, *both_starts([(2, 6), (3, 1), (1, 4)]),
-            Row('K2H6S, from scratch', 'scratch_more')]
+            Row('K2H6S, from scratch', 'scratch_more'),
+            Row('Layers twice, from scratch', 'twice_more')]
     starts = [vanilla, Row('K2H6S, fresh', 'k2h6s')]
     if S['scale'] == 'ratio':
         for times in LONGER:
@@ -375,6 +381,9 @@ def claims(S):
     for what, other in (('steps', 'vanilla'), ('FLOPs', EQUAL + 'scratch_more')):
         made.append(Claim('axis', f'K2H6S, from scratch, ends below GPT-2 of as many {what} in all',
                           '2.78 and 2.81 (of fewer steps)', below('scratch_more', other)))
+    made.append(Claim('axis', 'K2H6S, from scratch, ends below GPT-2 whose middle layers are each '
+                      'applied twice, from scratch',
+                      not_there, below('scratch_more', 'twice_more')))
     if S['scale'] == 'ratio':
         for times in LONGER:
             text = f'K2H6S, fresh, ends below GPT-2 if phase two is {times} times as long'

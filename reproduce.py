@@ -207,7 +207,7 @@ def asked(run):
     cell, parent = recipes[name], parent_of(run)
     if rate is None or parent and parent not in records:
         return None
-    first = name == 'scratch' or cell.family == 'phase_one'
+    first = any(other.needs == name for other in recipes.values())
     shared = {key: S[key] for key in ('batch_size', 'micro_batch', 'eval_tokens', 'block_size')}
     return dict(
         shared, **cell.model, data_dir=data_dir,
@@ -643,10 +643,10 @@ def draw_axis(where):
             if found:
                 mean, error, _ = zip(*found.values())
                 assembly, start = label.split(', ')
-                color = {'K1H4S': 'C0', 'K2H6S': 'C1', 'K3H1S': 'C2'}[assembly]
+                colors = {'K1H4S': 'C0', 'K2H6S': 'C1', 'K3H1S': 'C2', 'Layers twice': 'C3'}
                 style = {'fresh': 'o-', 'begins at the layers': 'o--', 'from scratch': 'o:'}[start]
-                ax.errorbar(list(found), mean, [e or 0 for e in error], fmt=style, color=color,
-                            capsize=2, label=label)
+                ax.errorbar(list(found), mean, [e or 0 for e in error], fmt=style,
+                            color=colors[assembly], capsize=2, label=label)
         ax.axhline(0, color='k', lw=0.8)
         ax.set(xscale='log', title=f'GPT-2 continued for as many {as_many}',
                xlabel='tokens per parameter in phase one')
