@@ -65,4 +65,4 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) out data
+	rm -rf $(VENV)

@@ -26,7 +26,6 @@ feed-forward modules (F).
 Shapes: n sequences of T tokens, M = n T, N modules of a pool, K selected, H steps.
 """
 import codecs
-import csv
 import html
 import json
 import os
@@ -345,9 +344,7 @@ def read_run(folder):
 
     Raises ValueError if it has no log or no finished steps.
     """
-    steps, val = read_log(folder)
-    if not steps or not val:
-        raise ValueError(f'{folder} has no finished steps yet: its curve comes later')
+    steps, val = common.read_log(folder)
     speed = [float(row['tokens_per_s']) for row in steps if row.get('tokens_per_s')]
     bits = [float(row['val_bits_per_byte']) for row in val if row.get('val_bits_per_byte')]
     run = dict(folder=folder, name=common.run_name(folder), steps=int(steps[-1]['step']),
@@ -366,16 +363,6 @@ def read_run(folder):
     same = {key: checkpoint.get('settings', {}).get(key) for key in SAME}
     return run | dict(vanilla=cfg.vanilla, assembly=assembly(cfg), same=same,
                       parameters=model.num_params()[0], mflops=flops / 1e6)
-
-
-def read_log(folder):
-    """log.csv of a run -> rows of its steps, and of its validations. Raises ValueError."""
-    path = os.path.join(folder, 'log.csv')
-    if not os.path.isfile(path):
-        raise ValueError(f'{folder} has no log.csv: name directories of runs, --curves=out/a,out/b')
-    with open(path, newline='') as f:
-        rows = list(csv.DictReader(f))
-    return [row for row in rows if row['loss']], [row for row in rows if row['val_loss']]
 
 
 def assembly(cfg):
@@ -397,7 +384,7 @@ def read_runs(names, folder):
     here = os.path.realpath(folder)
     is_run = os.path.isfile(os.path.join(folder, 'log.csv'))
     if is_run and here not in map(os.path.realpath, folders):
-        folders += [folder] * all(read_log(folder))
+        folders.append(folder)
     runs = [read_run(one) for one in folders]
     own = [one for one in runs if os.path.realpath(one['folder']) == here]
     return runs, own[0] if own else None
@@ -434,7 +421,9 @@ def main():
     if cfg.phi == 'share' or cfg.vanilla:
         raise ValueError(f'{source} has no routers, so there is nothing to see: '
                          'give a model of phase two')
-    data = data_dir or load_checkpoint(source).get('settings', {}).get('data_dir', '')
+    data = data_dir
+    if not (data or text or os.path.isfile(os.path.join(source, 'config.json'))):
+        data = load_checkpoint(source).get('settings', {}).get('data_dir', '')
     idx, before = read_ids(tokenizer, cfg.block_size, data)
     home = source if os.path.isdir(source) else os.path.dirname(source)
     runs, own = read_runs(curves, home)

@@ -34,7 +34,6 @@ until the first model has run twice. The result is one JSON object: mode, machin
 the table ('runs' in runs, else 'rows'); train, forward and decode add 'ratios', of the first row to
 each other, and 'trace' with --profile=True. It is the last line on stdout; in a terminal, a file.
 """
-import csv
 import dataclasses
 import datetime
 import importlib
@@ -297,15 +296,11 @@ def runs():
 
 
 def read_run(folder):
-    """A run's MoMConfig, its step, the rows of its log, and those of them with a validation."""
+    """A run's MoMConfig, its step, and of its log the rows of steps and of validations."""
     checkpoint = load_checkpoint(os.path.join(folder, 'last.pt'))
-    path = os.path.join(folder, 'log.csv')
-    if 'step' not in checkpoint or not os.path.isfile(path):
-        raise ValueError(f'{folder} is no run of train.py, which has last.pt with its step and '
-                         'log.csv: name another')
-    with open(path, newline='') as f:
-        log = list(csv.DictReader(f))
-    val = [row for row in log if row['val_loss']]
+    log, val = common.read_log(folder)
+    if 'step' not in checkpoint:
+        raise ValueError(f'{folder} is no run of train.py: name another')
     return MoMConfig(**checkpoint['model_config']), checkpoint['step'], log, val
 
 
@@ -677,7 +672,10 @@ def build_ct2(source, wanted):
 def ask(process, **what):
     """What a process that runs CT2 answers: lists of new tokens, once its model is loaded."""
     print(json.dumps(what), file=process.stdin, flush=True)
-    return json.loads(process.stdout.readline())
+    answer = process.stdout.readline()
+    if not answer:
+        raise ValueError('CTranslate2 ended without an answer: what it said stands above')
+    return json.loads(answer)
 
 
 def bytes_of_weight(name):

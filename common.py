@@ -11,6 +11,7 @@ the order of the command line. Every key and every type is checked.
 """
 import ast
 import codecs
+import csv
 import difflib
 import hashlib
 import importlib.util
@@ -372,6 +373,23 @@ def run_name(source):
     folder = os.path.dirname(source) if source.endswith('.pt') else source
     above, name = os.path.split(os.path.abspath(folder))
     return f'{os.path.basename(above)}_{name}' if re.fullmatch(r'seed\d+', name) else name
+
+
+def read_log(folder):
+    """log.csv of a run of train.py -> rows of its steps, and of its validations: dicts of words.
+
+    Raises ValueError if there are none.
+    """
+    path = os.path.join(folder, 'log.csv')
+    if not os.path.isfile(path):
+        raise ValueError(f'{folder} has no log.csv: name the directory of a run of train.py')
+    with open(path, newline='', errors='replace') as f:
+        whole = [line for line in f if line.endswith('\n') and '\0' not in line]  # no half a line
+    rows = list(csv.DictReader(whole))
+    steps, val = [row for row in rows if row['loss']], [row for row in rows if row['val_loss']]
+    if not steps or not val:
+        raise ValueError(f'{folder} has no finished steps yet: resume that run, or name another')
+    return steps, val
 
 
 def tracker(name, folder, settings, step):

@@ -165,7 +165,7 @@ def splits_of(name):
                          f'archive of GLUE; it holds {", ".join(here) or "nothing"}')
     if not data_dir:
         instead = f'a folder that holds {name}/train.jsonl and so on, --data_dir=FOLDER'
-        table = inputs.hub_table(hub_id, name=name, split=None, instead=instead)
+        table = inputs.hub_table(hub_id, name, None, instead)
     for split in ('train', *validation, *(v.replace('validation', 'test') for v in validation)):
         optional = split.startswith('test')
         if data_dir:
@@ -560,6 +560,8 @@ def main():
         finetune.say(f'left out: {len(broken_rows)} rows of {", ".join(sorted({*broken_rows}))} '
                    'that have more or fewer values than columns')
 
+    if is_main:
+        common.lock_folder(folder)
     if world > 1:
         on = common.join_processes(on)
     finetune.say(f'{source}: chunks {base.cfg.chunks}, {base.num_params()[0]:,} parameters, '

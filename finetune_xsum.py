@@ -135,8 +135,8 @@ def rows_of(split):
     """The rows of a split -> where they are from, ((where, row), ...)."""
     if not (data_dir or data_file):
         where = f'{hub_id}, split {split}'
-        table = inputs.hub_table(hub_id, split=split, instead=(
-            f'local files, --data_dir=FOLDER with train and {eval_split}'))
+        table = inputs.hub_table(hub_id, None, split,
+                                 f'local files, --data_dir=FOLDER with train and {eval_split}')
         return where, finetune.hub_rows(table, where)
     if data_dir:
         paths = finetune.find_split(data_dir, split)

@@ -102,7 +102,7 @@ def tokenizer_of(source):
         return tokenizer('gpt2')
     config = os.path.join(source, 'config.json')
     if os.path.isfile(config):
-        named = _read_json(config).get('tokenizer')
+        named = read_json(config).get('tokenizer')
         return tokenizer(named) if isinstance(named, str) else _gpt2_of(source)
     meta = load_checkpoint(source).get('meta')
     if not isinstance(meta, dict) or not isinstance(meta.get('tokenizer'), str):
@@ -126,6 +126,14 @@ def model_and_tokenizer(source):
     return model, encoder
 
 
+def byte_letters():
+    """Byte -> its letter in Hugging Face's tokenizer files: its own if that can be seen, else one
+    above the 256."""
+    seen = [b for b in range(256) if chr(b).isprintable() and chr(b) != ' ']
+    hidden = [b for b in range(256) if b not in seen]
+    return {b: chr(b) for b in seen} | {b: chr(256 + n) for n, b in enumerate(hidden)}
+
+
 def _gpt2_of(folder):
     """OpenAI's BPE, with what the tokenizer files of a Hugging Face directory add to it."""
     gpt2 = tokenizer('gpt2')
@@ -133,10 +141,7 @@ def _gpt2_of(folder):
     path = next((p for p in (os.path.join(folder, n) for n in names) if os.path.isfile(p)), None)
     if path is None:
         return gpt2
-    # The files write a byte as one letter: its own if that can be seen, else one above the 256.
-    seen = [b for b in range(256) if chr(b).isprintable() and chr(b) != ' ']
-    hidden = [b for b in range(256) if b not in seen]
-    letters = {b: chr(b) for b in seen} | {b: chr(256 + n) for n, b in enumerate(hidden)}
+    letters = byte_letters()
     ours = [''.join(map(letters.get, gpt2.decode_single_token_bytes(i))) for i in range(50256)]
     try:
         vocabulary, merges = _read_tokenizer(path)
@@ -160,7 +165,7 @@ def _read_tokenizer(path):
     the text that comes out, in their order, or None if they lie nowhere."""
     folder, name = os.path.split(path)
     if name == 'tokenizer.json':
-        data = _read_json(path)
+        data = read_json(path)
         words = data['pre_tokenizer']
         if words['type'] != 'ByteLevel' or words.get('add_prefix_space') or data.get('normalizer'):
             raise ValueError('it cuts a text into words in another way')
@@ -169,22 +174,23 @@ def _read_tokenizer(path):
         return data['model']['vocab'] | added, merges
     if name != 'vocab.json':
         raise ValueError('the file is of another kind of tokenizer')
-    vocabulary, merges = _read_json(path), None
+    vocabulary, merges = read_json(path), None
     if os.path.isfile(os.path.join(folder, 'added_tokens.json')):
-        vocabulary |= _read_json(os.path.join(folder, 'added_tokens.json'))
+        vocabulary |= read_json(os.path.join(folder, 'added_tokens.json'))
     if os.path.isfile(os.path.join(folder, 'merges.txt')):
         lines = common.read_text(os.path.join(folder, 'merges.txt')).replace(' ', '').split()
         merges = [line for line in lines if not line.startswith('#version')]
     return vocabulary, merges
 
 
-def _read_json(path):
+def read_json(path):
+    """The dict in a JSON file. Raises ValueError, naming it, if that is not what it holds."""
     try:
         data = json.loads(common.read_text(path))
+        if not isinstance(data, dict):
+            raise ValueError('it is no object')
     except ValueError as error:
-        raise ValueError(f'{path} is not JSON ({error}): copy it again') from error
-    if not isinstance(data, dict):
-        raise ValueError(f'{path} is not an object: copy it again')
+        raise ValueError(f'{path} cannot be read ({error}): copy it again') from error
     return data
 
 
@@ -298,11 +304,11 @@ def split_paths(text):
     return paths
 
 
-def hub_table(hub_id, name=None, split='train', streaming=False, instead='a local file'):
+def hub_table(hub_id, name, split, instead, streaming=False):
     """A data set of the Hugging Face Hub, or of a folder that datasets.load_dataset reads.
 
-    name: its configuration; streaming: read it as it comes, and keep nothing on the disk; instead:
-    what the error advises if it cannot be had. Raises ValueError.
+    name: its configuration, or None; split: None for all; instead: what the error advises if it
+    cannot be had; streaming: read it as it comes, and keep nothing on the disk. Raises ValueError.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetsError

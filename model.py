@@ -6,14 +6,15 @@ which modules are applied and with what weights. In MoM that is the top K of the
 A block of GPT-2 is the chunk with N = 1: one step, no router, weight 1. Layer-skip, early exit,
 parameter sharing, mixture-of-experts and mixture-of-depths are other choices of phi (section 3.5).
 
-The file follows section 3 of the paper, and equation numbers are the paper's. The method ends at
-the banner "fused routing"; what stands below it computes the same numbers faster. tests/dense.py
-says all of it again in loops over single tokens, and docs/method.md sets the equations beside
-the lines of this file.
+The file follows section 3 of the paper, and equation numbers are the paper's. Below the banner
+"fused routing" the same numbers are computed faster, and settings are checked. tests/dense.py says
+all of it again in loops over single tokens, and docs/method.md sets the equations beside the lines
+of this file.
 
-Shapes: B batch, T time, M = B*T tokens, C width, N modules of a pool, E = N (+ 1 with SKIP) entries
-of a router, K selected, H steps, R width of a router's state, S subsets of a pool, nh heads,
-hs head size, V vocabulary.
+Shapes: B batch, T time, M = B*T tokens, C width (the paper's d), N modules of a pool, E = N (+ 1
+with SKIP) entries of a router, K selected, H steps, R width of a router's state, S subsets of a
+pool, nh heads (the paper's Z), hs head size, V vocabulary. The paper's M and R^X are a pool and a
+router.
 """
 import hashlib
 import itertools
@@ -68,7 +69,7 @@ class MoMConfig:
         return sum(self.sizes)
 
     @property
-    def depth(self):  # steps executed: what is deep in an assembled model
+    def depth(self):  # steps executed, of all chunks; of a GPT-2 its layers
         return sum(plan.H for plan in self.plans)
 
     @property
@@ -110,6 +111,9 @@ class Pool(nn.Module):
         return self.kind(*(p.expand(self.N, *p.shape[1:]) for p in parameters))
 
 
+# Where w is no tensor it stands for several modules at once (Grouped, see fused routing) or is laid
+# out for a CPU (Matrix in sample.py). To understand MoM, pass these branches by.
+
 def norm(x, w=None, b=None):
     """LayerNorm. Each module has its own: "Add & Norm" belongs to the module (3.1)."""
     if isinstance(w, Grouped):
@@ -122,7 +126,7 @@ def linear(x, w, b):
     if isinstance(w, Grouped):
         return grouped_linear(x, w, b)
     if not isinstance(w, torch.Tensor):
-        return w(x, b)  # in decoding on a CPU: see Matrix in sample.py
+        return w(x, b)
     return torch.addmm(b, x, w)
 
 
@@ -169,7 +173,7 @@ class Router(nn.Module):
 
     router_start='layers' is not the paper's: r = W s_h + b_h, with a learned b_h for each step. It
     begins at 1 for the modules whose turn it is and at 0 for all others, and W begins at a
-    hundredth of its size. If H >= N, phase two begins as the model that phase one ended with.
+    hundredth of its size. If H >= N, phase two begins as nearly the model that phase one left.
     """
 
     def __init__(self, cfg, E, H, N=1):
@@ -178,7 +182,7 @@ class Router(nn.Module):
         self.gru = nn.GRUCell(C, R) if cfg.router == 'gru' else None
         self.mlp = nn.Linear(C, R) if cfg.router == 'mlp' else None
         self.gates = nn.Linear(C, H * E, bias=False) if cfg.router == 'linear' else None
-        # W of Eq. 8. Its last row is SKIP's.
+        # W of Eq. 8. With SKIP, its last row is SKIP's.
         self.out = nn.Linear(R, E, bias=False) if self.gates is None else None
         if cfg.router_start == 'layers':
             self.out.weight.data.mul_(0.01)
@@ -206,7 +210,7 @@ def top_k(r, K, router_weights, tau):
     """TopK of section 3.2: scores r (M, E) -> ids (M, K) and weights (M, K), the highest first.
 
     SKIP can be among a token's picks, at most once; nothing is renormalised then. The softmax is
-    over all entries, then divided by the sum over the selected, SKIP included.
+    over the picked scores, SKIP's included: the same as that over all, made to sum to 1 again.
     If K = E there is nothing to choose: all entries, in their order.
     """
     if K == r.size(1):
@@ -214,8 +218,7 @@ def top_k(r, K, router_weights, tau):
     else:
         weights, ids = r.topk(K, dim=-1)
     if router_weights == 'softmax':
-        p = (r / tau).softmax(-1).gather(-1, ids)
-        weights = p / p.sum(-1, keepdim=True)
+        weights = (weights / tau).softmax(-1)
     return ids, weights
 
 
@@ -271,7 +274,7 @@ def assemble(fn, modules, x, d, weighted=True):
     """The sums of Eq. 5 and 6 over each token's own picks k: sum_k r_k fn(module_k, x) -> (M, out).
 
     fn: attn_in, attn_out or ffn; modules: a Modules; x (M, in); d: the Decision. weighted=False
-    leaves r_k out. A token that picked only SKIP gets zeros.
+    leaves r_k out, for q, k and v. A token that picked only SKIP gets zeros.
     """
     total = None
     # y (M, out): what the tokens' k-th picks make of x
@@ -303,44 +306,48 @@ class Chunk(nn.Module):
         if self.phi == 'mod':
             self.router_t = Router(cfg, 1, 1)
             self.predictor = nn.Sequential(nn.Linear(C, R), nn.GELU(), nn.Linear(R, 1))
-            share = min(cfg.capacity, 0.999)  # at first each token is chosen as often as tokens are
-            nn.init.constant_(self.predictor[-1].bias, math.log(share / (1 - share)))
+            c = min(cfg.capacity, 0.999)  # the probability that it begins with: what it will be
+            nn.init.constant_(self.predictor[-1].bias, math.log(c / (1 - c)))
         self.prepare_merging()
 
     def choose(self, kind, x, h, state):
         """phi (Eq. 3): the Decision of step h about the tokens x (M, C).
 
-        state: a dict that lives for one forward pass, with router states and with who has exited.
+        state: a dict that lives for one pass through the chunk, with router states and who exited.
         """
         router, rule, N, K = ((self.router_a, self.rule_A, self.N_A, self.K_A) if kind == 'A' else
                               (self.router_f, self.rule_F, self.N_F, self.K_F))
-        if rule != 'routed':
-            listed = rule == 'listed' and self.plan.layers_A.index(self.cfg.c_share[h])
-            i = {'only': 0, 'each': h, 'listed': listed}[rule]
+        if rule != 'routed':  # all tokens take module i, with weight 1
+            i = h if rule == 'each' else 0
+            if rule == 'listed':
+                i = self.plan.layers_A.index(self.cfg.c_share[h])
             return Decision(kind, h, N, None, None, None, [i])
         r, state[kind] = router(x, state.get(kind), h)
         if self.phi in ONE_OR_SKIP:  # of all scores those of module h and of SKIP
             r = torch.stack((r[:, h], r[:, N]), dim=1)
         ids, weights = top_k(r, K, self.cfg.router_weights, self.cfg.tau)
+        if self.phi == 'early_exit':  # the second of the two is SKIP
+            state['gone'] = (ids == 1) | state.get('gone', False)
+            ids = ids.masked_fill(state['gone'], 1)
         aux = None
         if self.cfg.balance and self.training:
             tau = self.cfg.tau if self.cfg.router_weights == 'softmax' else 1.0
             aux = self.cfg.balance * balance_loss(r, ids, tau)
         if self.phi in ONE_OR_SKIP:
             ids = torch.where(ids == 0, h, N)
-        if self.phi == 'early_exit':
-            state['gone'] = (ids == N) | state.get('gone', False)
-            ids = ids.masked_fill(state['gone'], N)
         return self.decision(kind, h, ids, weights, x, aux)
 
     def decision(self, kind, h, ids, weights, x, aux=None):
         """The Decision that tokens x (M, C) take picks ids (M, K), with these weights (M, K)."""
         N = self.N_A if kind == 'A' else self.N_F
-        everything = ids.size(1) == N + self.cfg.skip
+        everything = ids.size(1) == N + self.cfg.skip  # then in their order, see top_k
         return Decision(kind, h, N, ids, weights, aux, sort_picks(ids, N, everything, x))
 
     def steps(self, x, cache=None, first_step=0, count=None):
-        """Eq. 4, H times: x (B, T, C) -> (B, T, C) and the routers' Decisions. See forward."""
+        """Eq. 4, H times: x (B, T, C) -> (B, T, C) and the routers' Decisions.
+
+        For decoding, and for nothing else, see forward: cache, first_step, count.
+        """
         B, T, C = x.shape
         x = x.reshape(B * T, C)
         pools = cache.pools(self, x, first_step) if cache else self.pools(x)
@@ -356,7 +363,7 @@ class Chunk(nn.Module):
 
     def qkv(self, pools, x, d):
         """The inner, unweighted sums of Eq. 5: tokens x (M, C) -> their q, k, v (M, 3C)."""
-        if pools.merged is None or d.ids is None:
+        if pools.merged is None:
             return assemble(attn_in, pools.attn, x, d, weighted=self.cfg.weigh_qkv)
         return assemble(merged_qkv, pools.merged, norm(x), self.by_subset(x, d))
 
@@ -406,7 +413,8 @@ class Chunk(nn.Module):
     def prepare_merging(self):
         """Set self.S: how many subsets of attention modules can be picked; 0 does not merge."""
         self.S = 0
-        if self.rule_A == 'routed' and self.K_A > 1 and not self.cfg.weigh_qkv and self.N_A <= 16:
+        few = self.N_A <= 16  # subset_numbers has 2^N entries
+        if self.rule_A == 'routed' and self.K_A > 1 and not self.cfg.weigh_qkv and few:
             sets = subsets(self.N_A, self.K_A, self.cfg.skip)
             if len(sets) <= MOST_SUBSETS:
                 self.S = len(sets)
@@ -426,6 +434,7 @@ class Chunk(nn.Module):
         """
         attn, merged = self.attn.stack(), None
         # Merging writes S matrices once; then each step multiplies a token by one matrix, not by K.
+        # It pays, by rule of thumb, if 256 products are spared for each matrix that is written.
         if self.S and (keep or len(x) * self.H * (self.K_A - 1) >= 256 * self.S):
             merged = merge(attn, self.incidence.to(attn.qkv_w.dtype))
         dtype = grouped_dtype(x)
@@ -502,14 +511,12 @@ class GPT(nn.Module):
         """
         x, targets, w = x.flatten(0, 1), targets.flatten(), self.wte.weight
         rows = max(1, 2 ** 25 // self.cfg.vocab_size)
-        if len(x) <= rows:
-            return cross_entropy(F.linear(x, w), targets)
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and len(x) > rows:
             total = LossInParts.apply(x, w, targets, rows)
         else:
-            total = sum(cross_entropy(F.linear(some, w), its, reduction='sum')
+            total = sum(cross_entropy(F.linear(some, w), its)
                         for some, its in zip(x.split(rows), targets.split(rows)))
-        return total / (targets != -100).sum().clamp(min=1)
+        return total / counted(targets)
 
     def forward(self, idx, targets=None, want_logits=True):
         """idx (B, T) int64 -> logits (B, T, V), mean cross-entropy in nats per token or None.
@@ -524,7 +531,7 @@ class GPT(nn.Module):
         if targets is None:
             return logits, None
         if want_logits:
-            loss = cross_entropy(logits.flatten(0, 1), targets.flatten())
+            loss = cross_entropy(logits.flatten(0, 1), targets.flatten()) / counted(targets)
         else:
             loss = self.loss(x, targets)
         for decision in itertools.chain(*decisions):
@@ -609,7 +616,7 @@ def is_router(name):  # of a parameter
 
 
 class LossInParts(torch.autograd.Function):
-    """cross_entropy(x w^T, targets, 'sum') and its gradients, part by part: x (M, C), w (V, C).
+    """cross_entropy(x w^T, targets) and its gradients, part by part: x (M, C), w (V, C).
 
     The gradients are made at once with the loss, so that no logits are kept, nor made twice.
     """
@@ -650,18 +657,21 @@ def balance_loss(r, ids, tau):
     return r.size(1) * (share * (r / tau).softmax(-1).mean(dim=0)).sum()
 
 
-def cross_entropy(logits, targets, reduction='mean'):
-    """Logits (M, V), targets (M,), of which -100 counts for nothing -> nats, in fp32 or better."""
+def cross_entropy(logits, targets):
+    """Logits (M, V), targets (M,) -> the sum over tokens, in nats and in fp32 or better."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    total = F.cross_entropy(logits, targets, reduction='sum')
-    return total / (targets != -100).sum().clamp(min=1) if reduction == 'mean' else total
+    return F.cross_entropy(logits, targets, reduction='sum')  # -100 counts for nothing
+
+
+def counted(targets):  # how many of them count, at least 1
+    return (targets != -100).sum().clamp(min=1)
 
 
 # ----------------------------------------------------------------------------- fused routing
-# each_pick computes fn(module_k, x) for the picks of all tokens, and everything above is true
-# without the rest of this section. It is fast in two ways. Rows that take the same module are put
-# side by side, so that each module is one matrix product over all of its rows. And since Eq. 5 adds
-# q, k and v up without weights, the modules of a subset are merged into one matrix.
+# each_pick applies to every token the modules that it picked; nothing above depends on how. Here it
+# is done fast, in two ways. Rows that take the same module are put side by side, so that each
+# module is one matrix product over all of its rows. And since Eq. 5 adds q, k and v up without
+# weights, the modules of a subset are merged into one matrix.
 
 MOST_SUBSETS = 40  # for which q, k, v are merged: all K of N = 4, K2S of N = 6 (21), of N = 8 (36)
 
@@ -893,6 +903,8 @@ def check(cfg):
     need(0 < cfg.capacity <= 1,
          f'capacity={cfg.capacity} is a share of the tokens: 0 < capacity <= 1')
 
+    need(all(type(i) is int for i in cfg.c_share),
+         f'c_share={cfg.c_share} must be a list of whole numbers, such as [0,0,2,2]')
     phi, sizes = cfg.phi, cfg.sizes
     if cfg.router_start == 'layers':
         need(phi == 'mom' and cfg.router != 'linear' and cfg.router_weights == 'linear',
@@ -905,8 +917,9 @@ def check(cfg):
     need(phi == 'mom' or not cfg.weigh_qkv, f"weigh_qkv=True goes with phi='mom', not with {phi!r}")
     need(phi == 'mom' or not cfg.tied,
          f"tied=True (MoM-same) goes with phi='mom'; to share under {phi!r}, see phi='share'")
-    need(phi != 'mod' or not cfg.balance,
-         "balance is for routers that choose modules: leave it out with phi='mod'")
+    need(phi not in ('mod', 'share') or not cfg.balance and cfg.router_weights == 'linear',
+         'balance and softmax weights are for routers that choose modules: leave them out with '
+         f'phi={phi!r}')
     need(phi not in ('moe', 'mod') or max(sizes) == 1,
          f"phi={phi!r} works layer by layer: chunks={cfg.chunks!r} must be "
          f"'{'-'.join('1' * sum(sizes))}'")
@@ -919,7 +932,7 @@ def check(cfg):
          "layers, such as '1-4-1'; for 'mod', which routes every other block, more blocks")
     if phi == 'share':
         N = min(n for n in sizes if n > 1)
-        need(cfg.c_share and all(type(i) is int and 0 <= i < N for i in cfg.c_share),
+        need(cfg.c_share and all(0 <= i < N for i in cfg.c_share),
              f"phi='share' needs the module of each step: c_share={cfg.c_share} must be a list of "
              f'numbers from 0 to {N - 1}, such as {[i // 2 * 2 for i in range(N)]}')
     for plan, N in zip(cfg.plans, sizes):

@@ -17,6 +17,7 @@ EVERY_SCALE = dict(
     # FLOPs of Table 1's other systems.
     budgets=(0.55, 1.7, 3.2),
     probes=dict(vanilla='vanilla', layers='k1h4s_layers', mom='k2h4s'),  # they find the rates
+    longer=(),  # multiples of phase two's steps, of 'starts'
     fig3_H=4,  # H of Figure 3, which the paper does not say
     processes=1,
     only='table1,table2,table4,fig3,fig4,fig5,routers')
@@ -48,7 +49,7 @@ SCALES = {
     'ratio': EVERY_SCALE | dict(
         text='sotu', tokenizer='bytes',
         n_embd=48, n_head=3, block_size=128, router_dim=24, workers=1,
-        budgets=(0.5, 2, 4), probes=EVERY_SCALE['probes'] | dict(mom='k2h6s'),
+        budgets=(0.5, 2, 4), longer=(2, 4), probes=EVERY_SCALE['probes'] | dict(mom='k2h6s'),
         only='axis,table2'),
 
     # config/*.py as they are, but for phase one, which is our own 20k steps as in Table 2.
@@ -124,7 +125,6 @@ Cell = namedtuple('Cell', 'family needs steps model')
 MIXTRAL = dict(router='linear', router_weights='softmax', tau=1.0, skip=False)  # its routing
 LAYERS = dict(family='layers', skip=True, router_start='layers', weigh_qkv=True)
 AT_LAYERS = ((1, 4), (2, 4), (2, 6), (3, 1))  # K, H of what begins at the layers
-LONGER = (2, 4)  # multiples of phase two's steps, of 'starts'
 GRID = list(product(range(1, 5), repeat=2))  # N_F, N_A of Figure 3
 
 
@@ -156,7 +156,7 @@ def cells(S):
     for K, H in AT_LAYERS:
         add(f'k{K}h{H}s_layers', K=K, H=H, **LAYERS)
     add('k1h4s_layers_narrow', K=1, H=4, router_dim=S['router_dim'] // 4, **LAYERS)
-    for times in LONGER:
+    for times in S['longer']:
         add(f'k2h6s_x{times}', steps=times * two, K=2, H=6, skip=True)
 
     # Table 1. first_layers: nothing is routed; what is dropping layers worth?
@@ -258,11 +258,10 @@ def rows(S):
             Row('K2H6S, from scratch', 'scratch_more'),
             Row('Layers twice, from scratch', 'twice_more')]
     starts = [vanilla, Row('K2H6S, fresh', 'k2h6s')]
-    if S['scale'] == 'ratio':
-        for times in LONGER:
-            as_long, name = f'{times} times the steps', f'vanilla_x{times}'
-            starts += [Row(f'GPT-2 continued, {as_long}', name, name),
-                       Row(f'K2H6S, fresh, {as_long}', f'k2h6s_x{times}', name)]
+    for times in S['longer']:
+        as_long, name = f'{times} times the steps', f'vanilla_x{times}'
+        starts += [Row(f'GPT-2 continued, {as_long}', name, name),
+                   Row(f'K2H6S, fresh, {as_long}', f'k2h6s_x{times}', name)]
     return dict(table1=table1, table2=table2, table4=table4, fig3=fig3, fig4=fig4 + more,
                 fig5=fig5, routers=routers, axis=axis, starts=starts)
 
@@ -384,9 +383,8 @@ def claims(S):
     made.append(Claim('axis', 'K2H6S, from scratch, ends below GPT-2 whose middle layers are each '
                       'applied twice, from scratch',
                       not_there, below('scratch_more', 'twice_more')))
-    if S['scale'] == 'ratio':
-        for times in LONGER:
-            text = f'K2H6S, fresh, ends below GPT-2 if phase two is {times} times as long'
-            made.append(Claim('starts', text, not_there,
-                              below(f'k2h6s_x{times}', f'vanilla_x{times}')))
+    for times in S['longer']:
+        text = f'K2H6S, fresh, ends below GPT-2 if phase two is {times} times as long'
+        made.append(Claim('starts', text, not_there,
+                          below(f'k2h6s_x{times}', f'vanilla_x{times}')))
     return made

@@ -217,7 +217,7 @@ def read_hub(hub_id):
     """A data set of the Hub -> its documents, and about how many bytes (None: unknown)."""
     instead = ('another id, --hub_config or --hub_split, or a copy of your own with '
                f'--dataset=PATHS of {KINDS}')
-    table = inputs.hub_table(hub_id, hub_config or None, hub_split, hub_stream, instead)
+    table = inputs.hub_table(hub_id, hub_config or None, hub_split, instead, hub_stream)
     columns = table.column_names or list(next(iter(table), {}))  # a stream may not know them before
     if field in columns:
         table = table.select_columns([field])

@@ -15,10 +15,10 @@ results.md, results.json and the figures are written anew after every cell.
 How it is compared. Phase two starts from the same phase one and sees the same batches in the same
 order for as many steps, under the same schedule. The baseline is the vanilla model continued for as
 many steps (the paper's GPT-2 row has seen fewer than MoM's), and beside it one continued for as
-many training FLOPs: its loss is interpolated, in the logarithm of the FLOPs, between continuations
-of several lengths, each with its own schedule. The peak learning rate of phase two is tuned on the
-first seed for each family: the vanilla continuation, routers that begin at the layers, and all
-others; one cell of each finds the rate. What begins from scratch takes phase one's.
+many training FLOPs: its loss is interpolated, by the parabola over the logarithm of the FLOPs,
+between continuations of three lengths, each with its own schedule. The peak learning rate of phase
+two is tuned on the first seed for each family: the vanilla continuation, routers that begin at the
+layers, and all others; one cell of each finds the rate. What begins from scratch takes phase one's.
 """
 import csv
 import functools
@@ -102,6 +102,11 @@ if steps and (len(steps) != 2 or any(type(n) is not int or n < 1 for n in steps)
                      '[1500,1000]')
 if any(type(rate) not in (int, float) or rate <= 0 for rate in rates):
     raise ValueError(f'rates={rates} must be positive numbers, such as [0.002,0.004]')
+
+if 'ratio' in given and scale != 'ratio':
+    raise ValueError(f'ratio={ratio} goes with --scale=ratio: add that')
+if 'size' in given and scale == 'ratio':
+    raise ValueError("scale=ratio stands beside the paper's small model: leave --size out")
 
 S = paper.at_scale(scale, size, ratio)
 n_params = on_meta(dict(chunks=S['layers'], n_embd=S['n_embd'], n_head=S['n_head'])).num_params()[0]
@@ -232,7 +237,7 @@ def cost(run):
 # ----------------------------------------------------------------------------- what is there
 
 def finished(run):
-    """Whether a run is finished, by its folder or, without weights there, by `keep`.
+    """Whether a run is finished, by its folder or, if it is not finished there, by `keep`.
 
     Its results are then in records, and in `keep`. Raises ValueError if there is a run with other
     settings or of another text.
@@ -240,15 +245,12 @@ def finished(run):
     want = asked(run)
     if not want:
         return False
-    if os.path.exists(folder(run, 'last.pt')):
-        found = read_folder(run, want)
-    elif keep and os.path.exists(kept(run, '.json')):
+    found = read_folder(run, want)
+    if not found and keep and os.path.exists(kept(run, '.json')):
         with open(kept(run, '.json'), encoding='utf-8') as f:
             one = json.load(f)
         refuse_another(kept(run, '.json'), want, one['settings'], one['train_sha256'])
         found = one['result']
-    else:
-        return False
     if found:
         records[run] = found
     return bool(found)
@@ -256,6 +258,8 @@ def finished(run):
 
 def read_folder(run, want):
     """The results of a run from its folder; None if it is not finished."""
+    if not os.path.exists(folder(run, 'last.pt')):
+        return None
     saved = load_checkpoint(folder(run, 'last.pt'))
     refuse_another(folder(run), want, saved['settings'], saved['meta']['train_sha256'])
     if saved['step'] < want['max_steps']:
@@ -336,8 +340,8 @@ def result_of(run, saved, log):
 def record(name, seed):
     """Results of a cell, None if they are not in.
 
-    EQUAL + a cell is the vanilla model continued for as many FLOPs as that one took: linear in
-    their logarithm between the two nearest of the vanilla model's continuations.
+    EQUAL + a cell is the vanilla model continued for as many FLOPs as that one took, by a parabola
+    over their logarithm. (A straight line lies below the curve: GPT-2 would look too good.)
     """
     if not name.startswith(EQUAL):
         return records.get(tuned(name, seed))
@@ -347,7 +351,8 @@ def record(name, seed):
         key = flops_key(name)
         x = [math.log(found[key]) for found in nearest]
         y = [found['loss'] for found in nearest]
-        return dict(loss=float(np.interp(math.log(record(name, seed)[key]), x, y)))
+        at = math.log(record(name, seed)[key])
+        return dict(loss=float(np.polyval(np.polyfit(x, y, len(x) - 1), at)))
 
 
 def flops_key(name):
@@ -356,13 +361,14 @@ def flops_key(name):
 
 
 def around(name, seed):
-    """The vanilla model's two continuations of the next fewer and more FLOPs, () if not in."""
+    """The vanilla model's continuations of the next fewer and more FLOPs, and the one that is
+    shorter still, or the next longer if there is none; () if the two are not in."""
     key = flops_key(name)
     pflops = {one: found[key] for one in [name, *budgets] if (found := record(one, seed))}
     there = [budget for budget in budgets if budget in pflops]
-    for less, more in zip(there, there[1:]):
-        if name in pflops and pflops[less] <= pflops[name] <= pflops[more]:
-            return less, more
+    for i in range(1, len(there)):
+        if name in pflops and pflops[there[i - 1]] <= pflops[name] <= pflops[there[i]]:
+            return there[max(0, i - 2):max(3, i + 1)]
     return ()
 
 
@@ -462,8 +468,6 @@ def write_report():
         for where in folders:
             with common.atomic_write(os.path.join(where, name)) as f:
                 f.write(body.encode() + b'\n')
-    if keep and 'axis' in chosen:
-        draw_axis(os.path.dirname(os.path.abspath(keep)))
 
 
 def heading():
@@ -682,7 +686,7 @@ def train(what, runs):
     todo = [run for run in runs if not finished(run)]
     # What they start from is trained again if `keep` has its results and nobody its weights.
     todo = [run for run in with_needs(todo)
-            if run in todo or not os.path.exists(folder(run, 'last.pt'))]
+            if run in todo or not trained(run)]
     for run in todo:
         records.pop(run, None)
     if todo:
@@ -723,7 +727,10 @@ def train(what, runs):
 
 def trained(run):
     """Whether a run is finished and has its weights here, whatever `keep` has."""
-    return os.path.exists(folder(run, 'last.pt')) and finished(run)
+    found = asked(run) and read_folder(run, asked(run))
+    if found:
+        records[run] = found
+    return bool(found)
 
 
 def start(run):
@@ -738,7 +745,7 @@ def start(run):
     values |= dict(out_dir=folder(run), log_every=50, device=device)
     words = [sys.executable, *launch, os.path.join(common.ROOT, 'train.py')]
     words += [f'--{key}={value}' for key, value in values.items()]
-    threads = str(max(1, os.cpu_count() // workers))
+    threads = str(max(1, os.cpu_count() // (workers * processes)))
     with open(folder(run, 'output.txt'), 'ab') as output:
         return subprocess.Popen(words, stdout=output, stderr=output, start_new_session=True,
                                 pass_fds=common.locked_files(),
@@ -804,8 +811,8 @@ seeds_there = [re.search(r'_seed(\d+)', name) for where in folders for name in o
 last_seed = max([seeds, most_seeds, *(int(match[1]) for match in seeds_there if match)])
 probes = [(probe, rate, 1) for family, probe in S['probes'].items() for rate in rates
           if len(rates) > 1 and any(recipes[name].family == family for name in wanted)]
+common.lock_folder(out_dir)
 if not report:
-    common.lock_folder(out_dir)
     train_sha256 = prepared()
 common.if_stopped = 'The same command goes on: ' + common.command('python', *sys.argv)
 
@@ -825,6 +832,8 @@ if not report:
     train('tables and figures', with_needs(asked_for))
     train('seeds for what is close', with_needs(close_ones()))
 write_report()
+if keep and 'axis' in chosen:
+    draw_axis(os.path.dirname(os.path.abspath(keep)))
 print(f'{out_dir}/results.md')
 if failed:
     raise ValueError(f'{len(failed)} trainings failed; the same command tries them again. They are '

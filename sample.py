@@ -30,7 +30,7 @@ beams = 1                     # more: the likeliest text that a beam search find
 stop = True                   # at <|endoftext|>
 seed = 1337                   # of the draws
 dtype = 'float32'             # of the weights: 'float32', or 'bfloat16', half as much to read
-device = 'auto'               # 'auto', 'cpu', 'cuda'
+device = 'auto'               # 'auto', 'cpu', 'cuda', 'mps', 'xpu'
 # ---
 settings, given = common.load(globals()) if __name__ == '__main__' else ({}, set())
 
@@ -389,7 +389,7 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
                 new = new.masked_fill(ended, stop)
                 ended = ended | (new == stop)
             decoder.write(new)
-            if n + 1 < max_new_tokens and few_go_on(ended):
+            if n + 1 < max_new_tokens and enough_ended(ended):
                 out[decoder.row] = decoder.text
                 if ended.all():
                     break
@@ -424,7 +424,7 @@ def check(cfg, idx, max_new_tokens, temperature, top_k, top_p, beams, lengths, v
     return lengths
 
 
-def few_go_on(ended):
+def enough_ended(ended):
     """Whether so many rows have ended, (B,) of bool, that it pays to drop them: a quarter."""
     return 4 * int(ended.sum()) >= len(ended)
 

@@ -115,7 +115,7 @@ def need(condition, sentence):
 for key in ('batch_size', 'micro_batch', 'block_size', 'eval_every', 'eval_tokens', 'log_every'):
     need(settings[key] >= 1, f'{key}={settings[key]} must be at least 1')
 for key in ('max_steps', 'seed', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip'):
-    need(0 <= settings[key] < math.inf, f'{key}={settings[key]} must be at least 0')
+    need(0 <= settings[key] < math.inf, f'{key}={settings[key]} must be a number of at least 0')
 for key in ('beta1', 'beta2'):
     need(0 <= settings[key] < 1, f'{key}={settings[key]} must be at least 0 and below 1')
 need(0 <= warmup < 1, f'warmup={warmup} is a share of the steps: 0 <= warmup < 1')
@@ -251,7 +251,7 @@ def lr_at(step, s=settings):
     rise = int(s['warmup'] * steps + 0.5)  # half a step is one
     if step < rise:
         return peak * (step + 1) / rise
-    return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * (step - rise) / (steps - rise)))
+    return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
 # ----------------------------------------------------------------------------- evaluation
@@ -459,7 +459,8 @@ while not stopping:
         if cfg.phi != 'mod':  # its training takes `capacity` of the tokens, whatever is predicted
             flops = raw.flops_per_token(block_size, k_a, k_f, merged=True)  # SKIP is no work
         log(step, val_loss=val_loss, val_bits_per_byte=bits_per_byte, k_a=k_a, k_f=k_f)
-        say(f'{step}/{max_steps} | val loss {val_loss:.4f} | perplexity {math.exp(val_loss):.2f} | '
+        perplexity = math.exp(val_loss) if val_loss < 700 else math.inf
+        say(f'{step}/{max_steps} | val loss {val_loss:.4f} | perplexity {perplexity:.2f} | '
             f'bits per byte {bits_per_byte:.4f}'
             + (f' | modules per token {k_a:.2f} MHA, {k_f:.2f} FFN' if n_router else ''))
         save()

@@ -169,7 +169,7 @@ def download(name):
 def read_folder(folder):
     """A GPT-2 in Hugging Face format, or what write_folder wrote -> see read_weights."""
     path = os.path.join(folder, 'config.json')
-    config = read_json(path)
+    config = inputs.read_json(path)
     if config.get('model_type') != 'mom':
         return read_gpt2(folder, config)
     try:
@@ -225,9 +225,9 @@ def read_gpt2(folder, hf):
         raise ValueError(f'{folder} has weights of more than the {hf["n_layer"]} layers that its '
                          'config.json says: copy both again')
     for name, w in state.items():
-        if not w.abs().max() < 1e4:  # GPT-2's largest are about 10; these files have no checksums
-            raise ValueError(f'{name} in {folder} holds {w.abs().max():.3g}: the file is broken, '
-                             'copy it again')
+        if not (w.numel() and w.abs().max() < 1e4):  # GPT-2's largest are about 10; these files
+            raise ValueError(f'{name} in {folder} holds numbers that no GPT-2 has, or none: the '
+                             'file is broken, copy it again')  # have no checksums
     return state, shape
 
 
@@ -244,7 +244,7 @@ def read_tensors(folder):
 
 def read_parts(folder, index):
     """The tensors of the files that an index names: {"weight_map": {tensor: file}}."""
-    where = read_json(index).get('weight_map')
+    where = inputs.read_json(index).get('weight_map')
     if not isinstance(where, dict) or not all(isinstance(file, str) for file in where.values()):
         raise ValueError(f'{index} does not say which file holds which weights: copy it again')
     tensors = {}
@@ -264,17 +264,6 @@ def read_file(path):
     except UNREADABLE as error:
         raise ValueError(f'{path} cannot be read ({type(error).__name__}): copy it again'
                          ) from error
-
-
-def read_json(path):
-    try:
-        with open(path, encoding='utf-8') as f:
-            data = json.load(f)
-        if not isinstance(data, dict):
-            raise ValueError('it is no object')
-    except ValueError as error:  # not JSON, not UTF-8
-        raise ValueError(f'{path} cannot be read ({error}): copy it again') from error
-    return data
 
 
 # ----------------------------------------------------------------------------- layers into pools
@@ -303,7 +292,7 @@ def regroup(state, model, vanilla, source):
                 raise ValueError(f'{source} has no {name} for chunks={cfg.chunks}: take the '
                                  'settings of its training')
             w = state[layer]
-            parts.append(w[:len(fresh)] if name == 'wpe.weight' else w)
+            parts.append(w[:len(fresh)] if name == 'wpe.weight' and w.ndim else w)
         want = (len(fresh) // len(parts), *fresh.shape[1:])
         for layer, w in zip(layers, parts):
             if w.shape != want:
@@ -363,11 +352,9 @@ def hugging_face_names(state):  # of a vanilla model; its head is its embedding,
 def tokenizer_json(tokenizer):
     """A tokenizer as the `tokenizers` package reads it: a BPE over bytes; 'bytes' has no merges.
 
-    The file has one letter for a byte: its own if it can be seen, else one above the first 256.
+    The file has one letter for a byte, see inputs.byte_letters.
     """
-    seen = [b for b in range(256) if chr(b).isprintable() and chr(b) != ' ']
-    hidden = [b for b in range(256) if b not in seen]
-    letters = {b: chr(b) for b in seen} | {b: chr(256 + n) for n, b in enumerate(hidden)}
+    letters = inputs.byte_letters()
     pieces = [bytes((i,)) for i in range(256)]
     if tokenizer.name != 'bytes':
         pieces = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.eot_token)]
@@ -410,10 +397,7 @@ def main():
     if there and not overwrite:
         raise ValueError(f'{folder} holds a model already: name a new folder, or replace it with '
                          '--overwrite=True')
-    model, tokenizer = from_pretrained(source), inputs.tokenizer_of(source)
-    if tokenizer.n_vocab > model.cfg.vocab_size:
-        raise ValueError(f'{source} knows {model.cfg.vocab_size} kinds of token, and its tokenizer '
-                         f'{tokenizer.name!r} makes {tokenizer.n_vocab}: it is another')
+    model, tokenizer = inputs.model_and_tokenizer(source)
     write_folder(model, tokenizer, folder)
     reader = 'AutoModelForCausalLM' if model.cfg.vanilla else 'GPT'
     print(f'{folder}: {reader}.from_pretrained({folder!r}) reads it')

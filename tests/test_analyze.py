@@ -20,6 +20,7 @@ import analyze
 import common
 import inputs
 import report
+import weights
 from model import GPT, Decision
 from tests import kill
 from tests.test_model import dense_params, stir, tiny
@@ -492,6 +493,17 @@ def test_ctrl_c_is_one_sentence(tmp_path):
 def test_the_command_runs_on(system, tmp_path):
     out = command(tmp_path, checkpoint(tmp_path, **SYSTEMS[system]), '--tokens=640')
     assert '640 tokens. Loss' in out and 'told by the token' in out
+
+
+def test_exported_weights_and_a_text_are_enough(tmp_path):
+    source = checkpoint(tmp_path).removeprefix('--source=')
+    model, tokenizer = inputs.model_and_tokenizer(source)
+    weights.write_folder(model, tokenizer, tmp_path / 'hf')
+    text = tmp_path / 'story.txt'
+    text.write_text('It was a dark and stormy night. ' * 9)
+    args = [f'--source={tmp_path}/hf', '--tokens=128']
+    assert '128 tokens. Loss' in command(tmp_path, *args, f'--text={text}')
+    assert 'no text at val.bin: give a folder' in command(tmp_path, *args, fails=True)
 
 
 def test_mistakes(tmp_path):

@@ -135,11 +135,11 @@ def test_skip_rates_come_from_the_command_line_or_from_a_run(tmp_path):
     cfg = MoMConfig(**{**SHAPE, 'H': 6})
     torch.save({'model': {}, 'model_config': asdict(cfg), 'step': 3}, tmp_path / 'last.pt')
     with open(tmp_path / 'log.csv', 'w', newline='') as f:
-        columns = ['step', 'tokens_per_s', 'val_loss', 'val_bits_per_byte', 'k_a', 'k_f']
+        columns = ['step', 'loss', 'tokens_per_s', 'val_loss', 'val_bits_per_byte', 'k_a', 'k_f']
         log = csv.DictWriter(f, columns, restval='')
         log.writeheader()
         log.writerows([dict(step=0, val_loss=5, val_bits_per_byte=8, k_a=0.5, k_f=0.7),
-                       dict(step=1, tokens_per_s=9),
+                       dict(step=1, loss=4, tokens_per_s=9),
                        dict(step=3, val_loss=3, val_bits_per_byte=5, k_a=1.25, k_f=1.75)])
     _, result = bench('table1', '--size=small', '--k_a=1.5', '--k_f=2.5', f'--of={tmp_path}')
     rows = {row['model']: row for row in result['rows']}
@@ -150,6 +150,15 @@ def test_skip_rates_come_from_the_command_line_or_from_a_run(tmp_path):
         want = 10_240 * mom('small', which).flops_per_token(1024, k_a, k_f) / 1e12
         assert row['TFLOPs'] == pytest.approx(want, abs=0.006)
     assert rows['MoD']['k_a'] is None and rows['GPT-2']['TFLOPs'] == 2.92
+
+
+@pytest.mark.parametrize('mode', ['runs', 'table1'])
+def test_a_run_that_was_stopped_in_its_first_evaluation(mode, tmp_path, monkeypatch):
+    torch.save({'model': {}, 'model_config': asdict(MoMConfig(**SHAPE)), 'step': 0},
+               tmp_path / 'last.pt')
+    (tmp_path / 'log.csv').write_text('step,loss,tokens_per_s,val_loss,k_a,k_f\n')
+    with pytest.raises(ValueError, match='has no finished steps yet: resume that run'):
+        script(monkeypatch, mode, f'--of={tmp_path}')
 
 
 SYSTEMS = [dict(chunks='1-1-1-1'), {}, dict(K=3, H=1), dict(phi='layer_skip', K=1),

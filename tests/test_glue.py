@@ -2,6 +2,7 @@
 import contextlib
 import copy
 import csv
+import fcntl
 import io
 import json
 import math
@@ -509,7 +510,7 @@ def test_what_is_done_is_not_done_again(data, sources, tmp_path):
     run(*args)
     files = ['cola_seed1337.json', 'cola_seed1338.json', 'rte_seed1337.json', 'rte_seed1338.json']
     assert sorted(os.listdir(out)) == [
-        *files[:2], 'predictions_seed1337', 'predictions_seed1338', 'results.md', *files[2:]]
+        '.lock', *files[:2], 'predictions_seed1337', 'predictions_seed1338', 'results.md', *files[2:]]
     a, b = result(out, 'cola'), result(out, 'cola', 1338)
     assert a['train_loss'] != b['train_loss']
     table = (out / 'results.md').read_text()
@@ -776,6 +777,15 @@ def test_the_report_says_how_it_was_made(data, sources, tmp_path):
 
 # ----------------------------------------------------------------------------- stopping, devices
 
+def test_two_commands_do_not_share_a_folder(data, sources, tmp_path):
+    args = [f'--source={sources["mom"]}', '--task=cola', f'--data_dir={data}', '--epochs=1']
+    with open(tmp_path / '.lock', 'w') as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # as another process does
+        with pytest.raises(ValueError, match='another run is at work in'):
+            run(*args, f'--out_dir={tmp_path}')
+    run(*args, f'--out_dir={tmp_path}')
+
+
 def test_ctrl_c_keeps_whole_epochs_and_says_so(data, sources, tmp_path):
     args = [f'--source={sources["mom"]}', '--task=cola', f'--data_dir={data}', '--epochs=40',
             '--learning_rate=1e-3', '--batch_size=8', '--save=True']
@@ -952,4 +962,4 @@ def test_a_loss_that_is_not_finite_stops(data, sources, tmp_path):
     with pytest.raises(ValueError, match=message):
         run(f'--source={tmp_path / "nan.pt"}', '--task=rte', f'--data_dir={data}',
             f'--out_dir={tmp_path}/out')
-    assert not any((tmp_path / 'out').glob('*'))
+    assert not any((tmp_path / 'out').glob('[!.]*'))

@@ -285,6 +285,13 @@ def test_no_steps_evaluate_and_write_nothing(text, phase_one, tmp_path):
     assert before == {path: path.read_bytes() for path in phase_one.iterdir()}
 
 
+def test_a_finished_warm_up_of_all_steps_goes_on(text, tmp_path):
+    resume = [f'--out_dir={tmp_path / "run"}', '--init_from=resume']
+    run(*TINY, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}', '--max_steps=1',
+        '--warmup=0.5')
+    assert '3/3 | val loss' in run(*resume, '--max_steps=3')
+
+
 def test_a_jump_of_the_learning_rate_is_said(text, phase_one, tmp_path):
     shutil.copytree(phase_one, tmp_path / 'run')
     resume = [f'--out_dir={tmp_path / "run"}', '--init_from=resume']
@@ -428,7 +435,7 @@ def test_bad_settings(text, phase_one, tmp_path, monkeypatch):
             ([new, begin, '--chunks=4', '--K=6'], 'take K <= 5'),
             ([new, '--batch_size=9', '--micro_batch=2'], 'must be a multiple'),
             ([new, '--dtype=fp8'], "must be 'auto'"),
-            ([new, '--grad_clip=-1'], 'grad_clip=-1.0 must be at least 0'),
+            ([new, '--grad_clip=-1'], 'grad_clip=-1.0 must be a number of at least 0'),
             ([new, '--learning_rate=1e999'], 'learning_rate=inf must be'),
             ([new, '--min_lr=0.01'], 'min_lr=0.01 is above learning_rate=0.001'),
             ([new, '--track=mlflow'], "track='mlflow' must be 'wandb'"),
