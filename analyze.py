@@ -57,7 +57,7 @@ routes = 10                   # how many of the commonest routes are listed, and
 page = 1_000                  # tokens on the coloured page
 seed = 1337                   # of the random pairings, and of the sample
 batch = 8                     # sequences at a time
-device = 'auto'               # 'auto', 'cpu', 'cuda'
+device = 'auto'               # 'auto', 'cpu', 'cuda', 'mps' or 'xpu'
 # ---
 settings, given = common.load(globals()) if __name__ == '__main__' else ({}, set())  # not in tests
 

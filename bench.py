@@ -84,7 +84,7 @@ top_p = 1.0            # ... or the likeliest that hold this share; 0 and 1.0: n
 tokens = 4096          # route, ablate: tokens, in sequences of block_size; scale: in one
 repeats = 5            # timed calls of each thing
 # --- system
-device = 'auto'        # 'auto', 'cpu', 'cuda'
+device = 'auto'        # 'auto', 'cpu', 'cuda', 'mps' or 'xpu'
 dtype = 'auto'         # of autocast, in decode of weights: 'bfloat16', 'float32'; auto: by device
 compile = False        # train, forward: torch.compile, as train.py does it
 threads = 0            # of the CPU; 0 leaves torch's choice

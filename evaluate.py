@@ -37,7 +37,7 @@ limit = 0                 # documents of each task; 0 is all
 # --- how
 batch_size = 8            # sequences at a time
 dtype = 'float32'         # of the weights: 'float32' or 'bfloat16'
-device = 'auto'           # 'auto', 'cpu', 'cuda'
+device = 'auto'           # 'auto', 'cpu', 'cuda', 'mps' or 'xpu'
 out_dir = 'out/evaluate'  # where the results go, in a folder named after the source
 # ---
 settings, given = common.load(globals()) if __name__ == '__main__' else ({}, set())  # not imported

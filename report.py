@@ -324,7 +324,6 @@ def last_losses(*runs):
     return [one['validation'][-1][1] for one in runs], 'nats per token'
 
 
-
 def write_page(folder, name, sections, colours):
     """page.html about the run `name`: headings and their HTML; a section that is empty is left out.
 

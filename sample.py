@@ -30,7 +30,7 @@ beams = 1                     # more: the likeliest text that a beam search find
 stop = True                   # at <|endoftext|>
 seed = 1337                   # of the draws
 dtype = 'float32'             # of the weights: 'float32', or 'bfloat16', half as much to read
-device = 'auto'               # 'auto', 'cpu', 'cuda', 'mps', 'xpu'
+device = 'auto'               # 'auto', 'cpu', 'cuda', 'mps' or 'xpu'
 # ---
 settings, given = common.load(globals()) if __name__ == '__main__' else ({}, set())
 

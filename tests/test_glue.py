@@ -510,7 +510,8 @@ def test_what_is_done_is_not_done_again(data, sources, tmp_path):
     run(*args)
     files = ['cola_seed1337.json', 'cola_seed1338.json', 'rte_seed1337.json', 'rte_seed1338.json']
     assert sorted(os.listdir(out)) == [
-        '.lock', *files[:2], 'predictions_seed1337', 'predictions_seed1338', 'results.md', *files[2:]]
+        '.lock', *files[:2], 'predictions_seed1337', 'predictions_seed1338', 'results.md',
+        *files[2:]]
     a, b = result(out, 'cola'), result(out, 'cola', 1338)
     assert a['train_loss'] != b['train_loss']
     table = (out / 'results.md').read_text()
