@@ -19,6 +19,7 @@ many training FLOPs: its loss is interpolated, by the parabola over the logarith
 between continuations of three lengths, each with its own schedule. The peak learning rate of phase
 two is tuned on the first seed for each family: the vanilla continuation, routers that begin at the
 layers, and all others; one cell of each finds the rate. What begins from scratch takes phase one's.
+Seeds of phase two share one phase one, but for those that are compared with what is from scratch.
 """
 import csv
 import functools
@@ -183,14 +184,21 @@ def rate_of(name):
 
 
 def tuned(name, seed):
+    """A cell's run with its rate. With seed 1 vanilla_own is vanilla."""
+    name = 'vanilla' if (name, seed) == ('vanilla_own', 1) else name
     return name, rate_of(name), seed
 
 
+def has_shared_start(name):
+    """Whether all seeds of a cell start from one phase one, that of seed 1."""
+    return recipes[name].needs.startswith('phase_one') and name != 'vanilla_own'
+
+
 def parent_of(run):
-    """The run that this one starts from, None from scratch. All seeds have the same phase one."""
+    """The run that this one starts from, None from scratch."""
     name, _, seed = run
     if needs := recipes[name].needs:
-        return tuned(needs, 1 if needs.startswith('phase_one') else seed)
+        return tuned(needs, 1 if has_shared_start(name) else seed)
 
 
 def with_needs(runs):
@@ -346,6 +354,8 @@ def record(name, seed):
     if not name.startswith(EQUAL):
         return records.get(tuned(name, seed))
     name = name.removeprefix(EQUAL)
+    if seed > 1 and not has_shared_start(name):
+        return None  # all those continuations share the phase one of seed 1
     nearest = [record(budget, seed) for budget in around(name, seed)]
     if nearest:
         key = flops_key(name)
@@ -357,7 +367,7 @@ def record(name, seed):
 
 def flops_key(name):
     """Which FLOPs of a cell are compared: phase two's, or all if it has no phase one to share."""
-    return 'pflops' if recipes[name].needs == 'phase_one' else 'pflops_in_all'
+    return 'pflops' if has_shared_start(name) else 'pflops_in_all'
 
 
 def around(name, seed):
@@ -768,7 +778,7 @@ def close_ones():
         if name not in wanted or name in (row.baseline, 'phase_one', *budgets):
             continue
         compared = {row.baseline: [row.baseline]}
-        if name in beside_gpt2:
+        if name in beside_gpt2 and has_shared_start(name):
             compared[EQUAL + name] = around(name, 1)
         for other, baselines in compared.items():
             found = contrast({name: 1, other: -1})

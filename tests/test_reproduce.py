@@ -47,6 +47,7 @@ def make_up(out, name, loss, rate=0.01, seed=1, needs='phase_one', steps=STEPS[1
     folder.mkdir(parents=True)
     first = name in ('phase_one', 'scratch')
     start = {'': 'scratch', 'phase_one': str(out / 'phase_one_lr0.01_seed1' / 'last.pt'),
+             'its own': str(out / f'phase_one_lr0.01_seed{seed}' / 'last.pt'),
              'scratch': str(out / f'scratch_lr{rate:g}_seed{seed}' / 'last.pt')}[needs]
     chunks = '1-1-4-1-1' if model else '1-1-1-1-1-1-1-1'
     shape = dict(chunks=chunks, n_embd=C, n_head=2, block_size=T)
@@ -178,7 +179,8 @@ def test_chosen_cells_alone_are_trained_and_all_that_is_there_is_reported(run, t
     assert 'tables and figures: 1 trainings to do, 2 done' in stdout  # phase one, vanilla
     rows = results(out)['rows']
     assert {row['cell'] for row in rows['fig4'] if row['runs']} == {'k1h1s', 'k2h6s'}
-    assert len(rows['table2'][4]['runs']) == 2 and all(row['runs'] for row in rows['fig5'])
+    two_phases, = [row for row in rows['table2'] if row['cell'] == 'k2h6s']
+    assert len(two_phases['runs']) == 2 and all(row['runs'] for row in rows['fig5'])
     error = reproduce(text, out, '--only=table4', '--cells=k1h4s,k1h1s', fails=True)
     assert "'k1h1s' is none of those of table4: k1h4s, cut_1-6-1_k1h6s, " in error
 
@@ -260,6 +262,12 @@ def test_from_scratch_as_many_flops_are_those_in_all(tmp_path):
         make_up(out, name, loss, steps=n)
     make_up(out, 'scratch', 3.5, needs='', steps=one, **mom)
     make_up(out, 'scratch_more', 2.9, needs='scratch', steps=two, **mom)
+    # Seed 2 of GPT-2 starts from the phase one of seed 1, but for the one that it stands beside.
+    make_up(out, 'phase_one', 4.1, seed=2, needs='', steps=one)
+    make_up(out, 'vanilla', 2.5, seed=2, steps=two)
+    make_up(out, 'vanilla_own', 3.3, seed=2, needs='its own', steps=two)
+    make_up(out, 'scratch', 3.6, seed=2, needs='', steps=one, **mom)
+    make_up(out, 'scratch_more', 3.1, seed=2, needs='scratch', steps=two, **mom)
     args = ['--scale=tiny', f'--out_dir={out}', '--steps=[6,60]', '--rates=[0.01]',
             '--only=axis', '--report=True']
     subprocess.run(command('reproduce.py', *args), cwd=common.ROOT, env=ENV, check=True)
@@ -269,6 +277,8 @@ def test_from_scratch_as_many_flops_are_those_in_all(tmp_path):
     assert one + 102 < as_long < one + 192
     as_many = parabola(as_long, [one + 60, one + 102, one + 192], [3.0, 2.8, 2.6])
     assert rows['scratch_more']['equal_flops'] == [pytest.approx(2.9 - as_many), None, 1]
+    assert rows['scratch_more']['difference'] == [pytest.approx(-0.15), pytest.approx(0.05), 2]
+    assert [one['loss'] for one in rows['vanilla_own']['runs']] == [3.0, 3.3]
 
 
 def test_results_that_are_kept_need_no_folders(text, tmp_path):  # noqa: F811
@@ -283,7 +293,7 @@ def test_results_that_are_kept_need_no_folders(text, tmp_path):  # noqa: F811
     first, second = results(out), results(other)
     assert first['rows'] == second['rows'] and first['claims'] == second['claims']
     losses = {row['cell']: row['runs'][0]['loss'] for row in second['rows']['axis'] if row['runs']}
-    assert losses == {'vanilla': 3.0, 'k2h6s': 2.5}
+    assert losses == {'vanilla': 3.0, 'vanilla_own': 3.0, 'k2h6s': 2.5}
     # A training of the same cell that was begun, and stopped, hides nothing.
     make_up(other, 'phase_one', 4.0, needs='', steps=STEPS[0], data_dir=text)
     make_up(other, 'k2h6s', 2.7, data_dir=text, K=2, H=6, skip=True)
