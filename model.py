@@ -13,8 +13,7 @@ of this file.
 
 Shapes: B batch, T time, M = B*T tokens, C width (the paper's d), N modules of a pool, E = N (+ 1
 with SKIP) entries of a router, K selected, H steps, R width of a router's state, S subsets of a
-pool, nh heads (the paper's Z), hs head size, V vocabulary. The paper's M and R^X are a pool and a
-router.
+pool, nh heads (the paper's Z), hs head size, V vocabulary. (The paper's M and R are no sizes.)
 """
 import hashlib
 import itertools
@@ -344,10 +343,7 @@ class Chunk(nn.Module):
         return Decision(kind, h, N, ids, weights, aux, sort_picks(ids, N, everything, x))
 
     def steps(self, x, cache=None, first_step=0, count=None):
-        """Eq. 4, H times: x (B, T, C) -> (B, T, C) and the routers' Decisions.
-
-        For decoding, and for nothing else, see forward: cache, first_step, count.
-        """
+        """Eq. 4, H times: x (B, T, C) -> (B, T, C) and Decisions. For decoding see forward."""
         B, T, C = x.shape
         x = x.reshape(B * T, C)
         pools = cache.pools(self, x, first_step) if cache else self.pools(x)
@@ -618,7 +614,8 @@ def is_router(name):  # of a parameter
 class LossInParts(torch.autograd.Function):
     """cross_entropy(x w^T, targets) and its gradients, part by part: x (M, C), w (V, C).
 
-    The gradients are made at once with the loss, so that no logits are kept, nor made twice.
+    The gradients are made at once with the loss, so that no logits are kept, nor made twice. It can
+    go when torch is 2.13 at least, whose F.linear_cross_entropy does as much.
     """
 
     @staticmethod
