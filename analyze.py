@@ -32,7 +32,7 @@ import os
 import sys
 import textwrap
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 
 import numpy as np
@@ -381,12 +381,12 @@ def read_runs(names, folder):
     """The runs in the setting `curves`, and the one in `folder`, if it has steps -> runs, its own
     or None."""
     folders = [name.strip() for name in names.split(',') if name.strip()]
-    here = os.path.realpath(folder)
-    is_run = os.path.isfile(os.path.join(folder, 'log.csv'))
-    if is_run and here not in map(os.path.realpath, folders):
-        folders.append(folder)
-    runs = [read_run(one) for one in folders]
+    runs, here = [read_run(one) for one in folders], os.path.realpath(folder)
     own = [one for one in runs if os.path.realpath(one['folder']) == here]
+    if not own:
+        with suppress(ValueError):  # it has no log, or no finished steps
+            own = [read_run(folder)]
+            runs += own
     return runs, own[0] if own else None
 
 

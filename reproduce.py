@@ -251,14 +251,21 @@ def finished(run):
     settings or of another text.
     """
     want = asked(run)
-    if not want:
+    if not want or trained(run):
+        return bool(want)
+    if not keep or not os.path.exists(kept(run, '.json')):
         return False
-    found = read_folder(run, want)
-    if not found and keep and os.path.exists(kept(run, '.json')):
-        with open(kept(run, '.json'), encoding='utf-8') as f:
-            one = json.load(f)
-        refuse_another(kept(run, '.json'), want, one['settings'], one['train_sha256'])
-        found = one['result']
+    with open(kept(run, '.json'), encoding='utf-8') as f:
+        one = json.load(f)
+    refuse_another(kept(run, '.json'), want, one['settings'], one['train_sha256'])
+    records[run] = one['result']
+    return True
+
+
+def trained(run):
+    """Whether a run is finished and has its weights here, whatever `keep` has."""
+    want = asked(run)
+    found = want and read_folder(run, want)
     if found:
         records[run] = found
     return bool(found)
@@ -733,14 +740,6 @@ def train(what, runs):
             process.terminate()
         for process in running:
             process.wait()
-
-
-def trained(run):
-    """Whether a run is finished and has its weights here, whatever `keep` has."""
-    found = asked(run) and read_folder(run, asked(run))
-    if found:
-        records[run] = found
-    return bool(found)
 
 
 def start(run):

@@ -168,15 +168,23 @@ def download(name):
 
 def read_folder(folder):
     """A GPT-2 in Hugging Face format, or what write_folder wrote -> see read_weights."""
-    path = os.path.join(folder, 'config.json')
-    config = inputs.read_json(path)
-    if config.get('model_type') != 'mom':
-        return read_gpt2(folder, config)
+    config = inputs.read_json(os.path.join(folder, 'config.json'))
+    read = read_mom if config.get('model_type') == 'mom' else read_gpt2
+    state, shape = read(folder, config)
+    for name, w in state.items():  # these files have no checksums; GPT-2's largest are about 10
+        if not (w.numel() and w.abs().max() < 1e4):
+            raise ValueError(f'{name} in {folder} holds numbers that no GPT-2 has, or none: the '
+                             'file is broken, copy it again')
+    return state, shape
+
+
+def read_mom(folder, config):
+    """What write_folder wrote, with its config.json -> see read_weights."""
     try:
         return numbers(read_tensors(folder)), asdict(MoMConfig(**config['model_config']))
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f'{path} and the weights beside it are not those of a MoM ({error!r}): '
-                         'copy them again') from error
+        raise ValueError(f'config.json and the weights in {folder} are not those of a MoM '
+                         f'({error!r}): copy them again') from error
 
 
 def read_gpt2(folder, hf):
@@ -224,10 +232,6 @@ def read_gpt2(folder, hf):
     if any(name.startswith(f'h.{hf["n_layer"]}.') for name in weights):
         raise ValueError(f'{folder} has weights of more than the {hf["n_layer"]} layers that its '
                          'config.json says: copy both again')
-    for name, w in state.items():
-        if not (w.numel() and w.abs().max() < 1e4):  # GPT-2's largest are about 10; these files
-            raise ValueError(f'{name} in {folder} holds numbers that no GPT-2 has, or none: the '
-                             'file is broken, copy it again')  # have no checksums
     return state, shape
 
 

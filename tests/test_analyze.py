@@ -171,6 +171,17 @@ def test_the_numbers_of_a_model_by_counting():
     assert len(set(out['loss'].values())) == 4
 
 
+def test_information_of_a_chunk():
+    rng, M = np.random.default_rng(0), 4000
+    token, position, kinds = rng.integers(0, 8, M), np.tile(np.arange(10), 400), np.zeros(M, int)
+    for of, other in (('token', 'position'), ('position', 'token')):
+        ids = torch.from_numpy((token if of == 'token' else position) % 2)[:, None]
+        d = Decision('A', 0, 2, ids, torch.ones(M, 1), None, None)
+        one, _ = analyze.of_chunk([d], token, position, kinds, 10, rng)
+        assert one[f'information_{of}'] == pytest.approx(1, abs=0.01)
+        assert abs(one[f'information_{other}']) < 0.01
+
+
 def test_equal_tokens_exchange_their_routes(monkeypatch):
     model, idx = build('mom'), sequences(6, 20)
     orders = []

@@ -57,12 +57,12 @@ def settings_of(script):
     """(its settings with their defaults, the keywords of its common.load), or None without one."""
     scope = {}
     for node in ast.parse(read(script)).body:
-        if not isinstance(node, ast.Assign):
-            continue
         for call in ast.walk(node):
             if isinstance(call, ast.Call) and ast.unparse(call.func) == 'common.load':
                 keywords = {k.arg: ast.unparse(k.value) for k in call.keywords}
                 return scope, keywords
+        if not isinstance(node, ast.Assign):
+            continue
         try:
             scope[node.targets[0].id] = ast.literal_eval(node.value)
         except (ValueError, AttributeError):
@@ -146,6 +146,13 @@ def test_files_and_make_targets_exist(page):
         named.update(re.findall(r'(?<!\S)(?:docs|tests|config)/[\w./-]*\w', code))
     missing = {name for name in named if not there(name)}
     assert not missing, f'{page} names {missing}'
+
+
+def test_each_test_that_docs_name_is_there():
+    there = re.findall(r'def (test_\w+)', '\n'.join(map(read, paths('tests/*.py'))))
+    named = {name for page in PAGES for name in re.findall(r'`(test_\w+)…?`', read(page))}
+    assert named
+    assert not [name for name in named if not any(one.startswith(name) for one in there)]
 
 
 @pytest.mark.parametrize('page', PAGES)

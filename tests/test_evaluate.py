@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,3 +209,20 @@ def test_an_unknown_task_names_the_fix(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="no task 'helaswag'; near it are .*hellaswag"):
         evaluate.find_tasks('helaswag')
     assert evaluate.find_tasks('lambada_openai, hellaswag')[1] == ['hellaswag', 'lambada_openai']
+
+
+def test_the_harness_without_lm_eval(monkeypatch):
+    for name in ('lm_eval', 'lm_eval.api', 'lm_eval.api.model'):
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(TemplateLM=object))
+    model = bytes_model(K=2, H=3)
+    lm, texts = evaluate.harness(model, BYTES, 2, {}), [TEXT, 'One', TEXT[9:40]]
+    rolled = lm.loglikelihood_rolling([SimpleNamespace(args=(one,)) for one in texts])
+    want = [-evaluate.perplexity(model, BYTES, one, 24, 1)['nats'] for one in texts]
+    assert rolled == pytest.approx(want, rel=1e-5)
+    asked = [('ab', {'max_gen_toks': 5}), ('The Union', {'max_gen_toks': 3}),
+             ('A text, 12', {'max_gen_toks': 5})]
+    alone = [evaluate.continue_texts(model, BYTES, [prompt], how)[0] for prompt, how in asked]
+    assert lm.generate_until([SimpleNamespace(args=one) for one in asked]) == alone
+    found, = lm._loglikelihood_tokens([('', list(range(60)), [7, 8])])
+    assert found == evaluate.score(model, [([*range(60), 7, 8][-25:], 2)], 257, 1)[0]
+    assert len(set(alone)) == 3

@@ -401,3 +401,17 @@ def test_other_activations_are_refused(tmp_path):
     hugging_face(tmp_path, activation_function='relu')
     with pytest.raises(ValueError, match='activation_function'):
         GPT.from_pretrained(str(tmp_path))
+
+
+def test_new_weights_start_as_method_says():
+    model = GPT(tiny(n_embd=64, H=3))  # six layers of modules, five steps
+    std = 0.02 * math.sqrt(768 / 64)
+    for name, p in model.named_parameters():
+        last = name.split('.')[-1]
+        if 'router' in name:
+            assert p.abs().max() <= 1 / math.sqrt(8)
+        elif last in ('ln_w', 'weight') and 'ln' in name or last.endswith('_b') or last == 'bias':
+            assert (p == ('b' not in last)).all(), name
+        else:
+            want = std / math.sqrt(2 * 5) if last in ('out_w', 'proj_w') else std
+            assert p.std().item() == pytest.approx(want, rel=0.08), name

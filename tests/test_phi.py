@@ -11,6 +11,7 @@ from transformers.models.mixtral import modeling_mixtral as mixtral
 
 import model as model_py
 from model import GPT, MoMConfig, assemble, balance_loss, ffn, top_k
+from sample import Cache
 from tests.test_model import dense_params, hugging_face, stir, tiny
 
 MIXTRAL = dict(router='linear', router_weights='softmax', tau=1.0, skip=False)
@@ -83,8 +84,10 @@ def test_the_dense_loops_over_the_decisions_give_the_same(system):
     want = dense.layer_norm(x, model.ln_f.weight, model.ln_f.bias)
     assert (got - want).abs().max() < 1e-10 * want.abs().max()
     counts = {'vanilla': 0, 'mom': 6, 'layer_skip': 8, 'early_exit': 12, 'share': 0, 'moe': 6,
-              'moe_share': 4, 'mod': 3}
-    assert sum(map(len, decisions)) == counts.get(system, sum(map(len, decisions)))
+              'moe_share': 4, 'mod': 3, 'mom, linear router': 6, 'mom, kept modules': 4,
+              'mom, tied': 6, 'mom, from the layers': 8, 'mom, q, k, v weighted': 4,
+              'moe_share, GRU and SKIP': 4}
+    assert sum(map(len, decisions)) == counts[system]
 
 
 def test_every_parameter_gets_a_gradient(system):
@@ -383,16 +386,6 @@ def test_the_balance_loss_moves_the_routers_and_not_the_reported_loss(system):
     assert balance_loss_of(balanced, idx) < before[0]
 
 
-def test_the_balance_loss_takes_the_probabilities_of_the_weights():
-    idx = torch.randint(0, 50, (2, 20))
-
-    def at(tau, router_weights):
-        model = build('mom', balance=1.0, tau=tau, router_weights=router_weights).train()
-        return balance_loss_of(model, idx)
-    assert at(0.2, 'linear') == at(1.0, 'linear')  # tau is of the softmax weights: Switch has none
-    assert at(0.2, 'softmax') != at(1.0, 'softmax') == at(1.0, 'softmax')
-
-
 def balance_loss_of(model, idx):
     return sum(d.aux for c in model.features(idx)[1] for d in c).item()
 
@@ -438,6 +431,57 @@ def test_mod_chooses_the_top_k_in_training_and_by_its_predictor_afterwards():
     assert touched == {n for n, _ in model.named_parameters() if n.startswith('chunks.1.predictor')}
     _, decisions = model.eval().features(idx)
     assert torch.equal(decisions[1][0].ids.view(3, 24) == 0, chunk.predictor(x)[..., 0] > 0)
+
+
+def test_which_layers_are_kept(tmp_path):
+    layer = hugging_face(tmp_path, n_layer=6).transformer.h[1:5]
+    for kept, A, F_ in ((dict(keep_A=[3, 1], keep_F=[0, 2, 3]), [3, 1], [0, 2, 3]),
+                        (dict(N_A=2, N_F=3), [0, 1], [0, 1, 2]),
+                        (dict(tied=True), [0, 0, 0, 0], [0, 0, 0, 0])):
+        settings = dict(chunks='1-4-1', K=2, H=2, router_dim=8, **kept)
+        chunk = GPT.from_pretrained(str(tmp_path), **settings).chunks[1]
+        want_A = torch.stack([layer[i].attn.c_proj.weight for i in A])
+        want_F = torch.stack([layer[i].mlp.c_fc.bias for i in F_])
+        assert torch.equal(chunk.attn.stack().out_w, want_A)
+        assert torch.equal(chunk.ffn.stack().fc_b, want_F)
+
+
+@pytest.mark.parametrize('router', ['gru', 'mlp', 'linear'])
+@pytest.mark.parametrize('phi', ['mom', 'layer_skip', 'early_exit', 'moe', 'moe_share', 'mod'])
+def test_any_router_goes_with_any_phi(phi, router):
+    layers = dict(chunks='1-1-1') if phi in ('moe', 'mod') else {}
+    K = 1 if phi in ('layer_skip', 'early_exit', 'mod') else 2
+    variants = [{}]
+    if phi != 'mod':
+        variants.append(dict(balance=0.1))
+    if K > 1:
+        variants.append(dict(router_weights='softmax'))
+    for kw in variants:
+        model = stir(GPT(tiny(phi=phi, router=router, K=K, **layers, **kw)).double(), std=0.2)
+        idx = torch.randint(0, 50, (2, 12))
+        model.train()(idx, idx)[1].backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        full, cache = model.eval().features(idx)[0], Cache(model.cfg, 2, 'cpu', torch.float64)
+        pieces = [model.features(part, cache)[0] for part in idx.split(5, 1)]
+        assert torch.allclose(torch.cat(pieces, 1), full, rtol=1e-10)
+
+
+def test_the_balance_loss_takes_the_tau_of_the_weights_and_its_coefficient(monkeypatch):
+    seen, real = [], model_py.balance_loss
+    monkeypatch.setattr(model_py, 'balance_loss',
+                        lambda r, ids, tau: seen.append((tau, real(r, ids, tau))) or seen[-1][1])
+    for weights, want in (('linear', 1.0), ('softmax', 0.5)):
+        seen.clear()
+        model = build('mom', balance=0.25, tau=0.5, router_weights=weights).train()
+        _, decisions = model.features(torch.randint(0, 50, (2, 20)))
+        assert [tau for tau, _ in seen] == [want] * 6
+        assert [d.aux for d in decisions[1]] == [0.25 * loss for _, loss in seen]
+
+
+def test_attention_of_moe_share_goes_through_the_layers():
+    model = build('moe_share')
+    picked = [model.chunks[1].choose('A', None, h, {}).route for h in range(4)]
+    assert picked == [[0], [1], [2], [3]]
 
 
 def test_a_fresh_predictor_of_mod_begins_with_the_probability_of_training():

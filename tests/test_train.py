@@ -2,6 +2,7 @@
 import csv
 import importlib.util
 import json
+import math
 import os
 import shutil
 import signal
@@ -14,8 +15,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch.nn import functional as F
 
 import common
+from model import GPT, MoMConfig
 from tests import kill
 
 TINY = ['--chunks=1-1-1-1', '--n_embd=32', '--n_head=2', '--block_size=32', '--batch_size=16',
@@ -285,6 +288,68 @@ def test_no_steps_evaluate_and_write_nothing(text, phase_one, tmp_path):
     assert before == {path: path.read_bytes() for path in phase_one.iterdir()}
 
 
+def test_training_is_the_recipe(text, tmp_path):
+    run(*TINY, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}', '--max_steps=6',
+        '--warmup=0.3', '--grad_clip=0.5', '--weight_decay=0.4', '--min_lr=0.001')
+    torch.manual_seed(1337)
+    model = GPT(MoMConfig('1-1-1-1', n_embd=32, n_head=2, block_size=32, vocab_size=257))
+    tokens = np.fromfile(text / 'train.bin', '<u2').astype(np.int64)
+    vectors = [p for n, p in model.named_parameters() if n.endswith(('_b', 'ln_w')) or 'ln_f' in n]
+    matrices = [p for p in model.parameters() if all(p is not v for v in vectors)]
+    adamw = torch.optim.AdamW([dict(params=matrices, weight_decay=0.4),
+                               dict(params=vectors, weight_decay=0.0)], betas=(0.9, 0.95))
+    for step, row in enumerate([row for row in log(tmp_path / 'run') if row['loss']]):
+        starts = np.random.default_rng([1337, step]).integers(0, len(tokens) - 32, size=16)
+        rows = torch.from_numpy(np.stack([tokens[at:at + 33] for at in starts]))
+        loss = F.cross_entropy(model(rows[:, :-1])[0].flatten(0, 1), rows[:, 1:].flatten())
+        adamw.zero_grad()
+        loss.backward()
+        norm = torch.stack([p.grad.norm() for p in model.parameters()]).norm().item()
+        for p in model.parameters():
+            p.grad *= min(1, 0.5 / norm)
+        for group in adamw.param_groups:  # two steps up, four down
+            fall = 0.001 + 0.009 * (1 + math.cos(math.pi * (step - 2) / 4)) / 2
+            group['lr'] = 0.01 * (step + 1) / 2 if step < 2 else fall
+        adamw.step()
+        assert float(row['loss']) == pytest.approx(loss.item(), rel=1e-4) and norm > 0.5
+    for name, w in last(tmp_path / 'run')['model'].items():
+        if not name.endswith('qkv_b'):
+            assert torch.allclose(w, model.state_dict()[name], rtol=1e-3, atol=1e-5), name
+
+
+def test_the_validation_loss_is_that_of_val_bin(text, tmp_path):
+    shutil.copytree(text, tmp_path / 'data')
+    meta = json.loads((tmp_path / 'data' / 'meta.json').read_text())
+    del meta['seal']
+    meta['val_bytes'] *= 3  # as if a token were three bytes
+    (tmp_path / 'data' / 'meta.json').write_text(json.dumps({**meta, 'seal': common.seal(meta)}))
+    run(*TINY, *MOM, f'--data_dir={tmp_path / "data"}', f'--out_dir={tmp_path / "run"}',
+        '--max_steps=6', '--eval_tokens=330')
+    model = GPT.from_pretrained(str(tmp_path / 'run' / 'last.pt')).eval()
+    val = np.fromfile(text / 'val.bin', '<u2').astype(np.int64)
+    starts = [n * ((len(val) - 1) // 32) // 10 * 32 for n in range(10)]  # evenly spread
+    rows = torch.from_numpy(np.stack([val[at:at + 33] for at in starts]))
+    want = F.cross_entropy(model(rows[:, :-1])[0].flatten(0, 1), rows[:, 1:].flatten()).item()
+    picks = [d for d in model.features(rows[:, :-1])[1][1] if d.kind == 'A']
+    taken = np.mean([(d.ids < 2).sum(1).double().mean().item() for d in picks])
+    with open(tmp_path / 'run' / 'log.csv') as f:
+        *_, row = csv.DictReader(f)
+    assert float(row['val_loss']) == pytest.approx(want, rel=1e-5)
+    assert float(row['val_bits_per_byte']) == pytest.approx(want / math.log(2) / 3, rel=1e-5)
+    assert float(row['k_a']) == pytest.approx(taken) and taken < 1.999
+
+
+def test_best_pt_is_the_best_and_what_a_folder_gives(text, tmp_path):
+    out = tmp_path / 'run'
+    run(*TINY, f'--data_dir={text}', f'--out_dir={out}', '--max_steps=4', '--eval_every=2',
+        '--learning_rate=5', '--warmup=0', '--grad_clip=0')
+    val = {int(row['step']): float(row['val_loss']) for row in log(out) if row['val_loss']}
+    best = torch.load(out / 'best.pt', weights_only=True)
+    assert best['step'] == min(val, key=val.get) < last(out)['step'] == 4
+    found = GPT.from_pretrained(str(out)).state_dict()
+    assert all(torch.equal(w, found[name]) for name, w in best['model'].items())
+
+
 def test_a_finished_warm_up_of_all_steps_goes_on(text, tmp_path):
     resume = [f'--out_dir={tmp_path / "run"}', '--init_from=resume']
     run(*TINY, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}', '--max_steps=1',
@@ -386,6 +451,8 @@ def spoil(folder, what):
         (folder / 'meta.json').unlink()
     elif what == 'truncated':
         train.write_bytes(train.read_bytes()[:-100])
+    elif what == 'one bit':
+        train.write_bytes(bytes([train.read_bytes()[0] ^ 1]) + train.read_bytes()[1:])
     elif what == 'odd':
         train.write_bytes(train.read_bytes()[:-1])
     elif what == 'ids':
@@ -410,13 +477,14 @@ def spoil(folder, what):
     ('ids', 'token id 300, but vocab_size is 257'), ('short', 'take a shorter block_size'),
     ('vocabulary', 'the tokenizer of the weights'),
     ('half a meta', 'not one of prepare.py (JSONDecodeError'),
+    ('one bit', 'its SHA-256 is not that of meta.json'),
     ('other meta', 'not one of prepare.py (ValueError'),
     ('changed meta', 'not one of prepare.py (ValueError: it was changed): make it again')])
 def test_bad_data(what, message, text, phase_one, tmp_path):
     shutil.copytree(text, tmp_path / 'data')
     spoil(tmp_path / 'data', what)
     args = [f'--data_dir={tmp_path / "data"}', f'--out_dir={tmp_path / "run"}',
-            f'--init_from={phase_one}']
+            f'--init_from={phase_one}', '--max_steps=1']
     assert message in one_sentence(run(*args, fails=True))
     assert not (tmp_path / 'run').exists()
 

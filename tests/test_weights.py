@@ -238,6 +238,17 @@ def test_a_broken_config_names_the_fix(text, tmp_path):
         GPT.from_pretrained(str(tmp_path))
 
 
+def test_a_broken_folder_of_a_mom_is_refused(tmp_path):
+    weights.write_folder(stir(GPT(tiny(vocab_size=257))), inputs.tokenizer('bytes'), str(tmp_path))
+    rewrite(tmp_path, lambda state: spoil(state['chunks.1.ffn.fc_w']) or state)
+    with pytest.raises(ValueError, match='fc_w .* the file is broken, copy it again'):
+        GPT.from_pretrained(str(tmp_path))
+
+
+def spoil(w):  # one bit of its exponent
+    w[0, 3, 5] = 2.0 ** 64
+
+
 def test_settings_of_the_model_are_all_written(tmp_path):
     cfg = tiny(K=3, H=2, tau=0.5, vocab_size=257)
     weights.write_folder(GPT(cfg), inputs.tokenizer('bytes'), str(tmp_path))
