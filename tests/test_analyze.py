@@ -506,6 +506,12 @@ def test_the_command_runs_on(system, tmp_path):
     assert '640 tokens. Loss' in out and 'told by the token' in out
 
 
+def test_a_log_without_steps_is_no_mistake(tmp_path):
+    source = checkpoint(tmp_path)
+    (tmp_path / 'run' / 'log.csv').write_text('step,loss,val_loss\n0,,5.5\n')
+    assert '128 tokens. Loss' in command(tmp_path, source, '--tokens=128')
+
+
 def test_exported_weights_and_a_text_are_enough(tmp_path):
     source = checkpoint(tmp_path).removeprefix('--source=')
     model, tokenizer = inputs.model_and_tokenizer(source)
