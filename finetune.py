@@ -132,7 +132,7 @@ def write_text(path, text):
 
 
 def check_settings(settings, **least):
-    """ValueError for a setting that is smaller than it may be: than in `least`, or below."""
+    """ValueError for a number below its least, here or in `least`; for a wrong dtype or warmup."""
     least = dict(dict(seeds=1, micro_batch=1, seed=0, max_train=0, max_eval=0, epochs=0,
                       batch_size=1, learning_rate=0, weight_decay=0, grad_clip=0), **least)
     for key, value in least.items():

@@ -96,11 +96,10 @@ TASKS = {  # in the order of Table 5; splits: the server's name of a figure, and
     'stsb': Task('correlation', *BRIEF, {'STS-B': 'validation'}, PAIR, [])}  # regression, 0 to 5
 FIGURES = [figure for t in TASKS.values() for figure in t.splits]
 BY_NAME = ('qnli', 'rte', 'mnli')  # the server wants names for these and numbers for the others
-# What GLUE's archive calls the columns. Its CoLA has no line of names.
+# What GLUE's archive calls the columns. Its CoLA has no line of names: see local_rows.
 IN_ARCHIVE = {'sentence1': ['#1 String'], 'sentence2': ['#2 String'],
               'premise': ['sentence1'], 'hypothesis': ['sentence2'],
               'label': ['gold_label', 'Quality', 'is_duplicate', 'score']}
-COLA_COLUMNS = ['source', 'label', 'mark', 'sentence']
 
 TABLE_5 = """
 GPT2 small         92.09 26.27 85.11 83.09 87.55 62.45 79.90 78.74 82.67 75.32
@@ -138,8 +137,7 @@ Examples = namedtuple('Examples', 'ids cut labels source')
 
 def folders_of(name):
     """The folders of data_dir that are a task's: for stsb, stsb or STS-B."""
-    paths = glob.glob(os.path.join(glob.escape(data_dir), '*', ''))
-    paths = [path[:-1] for path in paths] if data_dir else []
+    paths = [path[:-1] for path in glob.glob(os.path.join(glob.escape(data_dir), '*', ''))]
     return [path for path in paths if os.path.basename(path).lower().replace('-', '') == name]
 
 
@@ -187,7 +185,7 @@ def local_rows(name, paths):
         with open(paths[0], 'rb') as file:
             cells = file.readline().split(b'\t')
         if len(cells) == 4 and cells[1] in (b'0', b'1'):  # a row, where a line of names might be
-            columns = COLA_COLUMNS
+            columns = ['source', 'label', 'mark', 'sentence']
     broken = broken_rows if name == 'qqp' else None
     return finetune.read_tables(paths, columns, ['label', *IN_ARCHIVE['label']], broken)
 
@@ -331,7 +329,7 @@ def fine_tune(model, head, ids, labels, steps, size, seed, pad_id, bf16, desc, p
     optimizer = torch.optim.AdamW(groups, lr=learning_rate, fused=True)
     state = dict(model=model, head=head, optimizer=optimizer)
     losses, per_epoch = [], math.ceil(len(ids) / size)
-    if part and os.path.exists(part):
+    if os.path.exists(part):
         saved = load_file(part)
         if saved['settings'] == want:
             losses = saved['losses']
@@ -367,7 +365,7 @@ def fine_tune(model, head, ids, labels, steps, size, seed, pad_id, bf16, desc, p
         losses.append(loss_sum.item())
         rate = finetune.linear_rate(step, steps, learning_rate, warmup)
         finetune.update(optimizer, params, losses[-1], rate, grad_clip, f'{desc}, step {step + 1}',
-                      'finished results are kept')
+                        'finished results are kept')
         bar.set_postfix(loss=f'{losses[-1]:.3f}', refresh=False)
         bar.update()
         if part and is_main and at + 1 == per_epoch and step + 1 < steps:
@@ -459,7 +457,7 @@ def run_task(want, base, tokenizer, data, folder, on):
         data = {**data, 'train': Examples(ids, cut, labels, origin)}
     steps = want['max_steps'] or want['epochs'] * math.ceil(len(ids) / size)
     finetune.say(f'\n{name}, seed {s}: {len(ids):,} examples from {origin}, '
-               f'{steps:,} steps of {size}. The first three:')
+                 f'{steps:,} steps of {size}. The first three:')
     for i in epoch_order(len(ids), s, 0)[:3]:
         label = t.labels[labels[i]] if t.labels else labels[i].item()
         finetune.say(f'  {label} | {tokenizer.decode(ids[i].tolist())}')
@@ -485,7 +483,7 @@ def run_task(want, base, tokenizer, data, folder, on):
         baseline[figure] = scores(t.metric, usual.expand(len(gold)), gold)
         shown = ', '.join(f'{part} {value:.2f}' for part, value in figures[figure].items())
         finetune.say(f'{figure}: {shown}; always predicting {always}: '
-                   f'{baseline[figure]["score"]:.2f}')
+                     f'{baseline[figure]["score"]:.2f}')
         file = f'{figure}.{split}.tsv'
         if (test := split.replace('validation', 'test')) in data:
             predicted = evaluate(model, head, data[test], **last, desc=f'{name}, seed {s}, {test}')
@@ -558,7 +556,7 @@ def main():
             data[name][split] = encode(name, split, where, rows, tokenizer, tokens)
     if broken_rows:
         finetune.say(f'left out: {len(broken_rows)} rows of {", ".join(sorted({*broken_rows}))} '
-                   'that have more or fewer values than columns')
+                     'that have more or fewer values than columns')
 
     if is_main:
         common.lock_folder(folder)

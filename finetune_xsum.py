@@ -19,7 +19,6 @@ import os
 import re
 import statistics
 from collections import namedtuple
-from contextlib import nullcontext
 from dataclasses import asdict
 from importlib.util import find_spec
 
@@ -92,7 +91,7 @@ rank, world = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1
 is_main = rank == 0
 common.if_stopped = 'Nothing is trained so far: give the same command again'
 finetune.check_settings(settings, length=2, split_seed=0, beams=1, max_new_tokens=1, gen_batch=1,
-                      show=0)
+                        show=0)
 if eval_split not in ('test', 'validation'):
     raise ValueError(f'eval_split={eval_split!r} must be one of test, validation')
 if data_dir and data_file:
@@ -103,8 +102,7 @@ if len(shares) != 3 or abs(sum(shares) - 1) > 1e-6:
 finetune.check_row(paper_row, paper, 'Table 6')
 device = common.find_device(device)
 dtype = common.find_dtype(dtype, device)
-device_type = torch.device(device).type
-autocast = torch.autocast(device_type, torch.bfloat16) if dtype == 'bfloat16' else nullcontext()
+autocast = torch.autocast(torch.device(device).type, torch.bfloat16, enabled=dtype == 'bfloat16')
 out_dir = out_dir or os.path.join('out', f'xsum_{common.run_name(source)}')
 if overwrite and os.path.abspath(source).startswith(os.path.abspath(out_dir) + os.sep):
     raise ValueError(f'source={source} lies in {out_dir}, which overwrite=True empties: take '
@@ -320,7 +318,7 @@ def train_step(batch, optimizer, seed, step):
     loss_sum, = common.all_sum(device, loss_sum)
     rate = finetune.linear_rate(step, steps, learning_rate, warmup)
     norm = finetune.update(optimizer, model.parameters(), loss_sum, rate, grad_clip,
-                         f'seed {seed}, step {step + 1}', 'begin again in another --out_dir')
+                           f'seed {seed}, step {step + 1}', 'begin again in another --out_dir')
     return loss_sum, rate, norm
 
 
@@ -359,7 +357,7 @@ def fine_tune(seed):
         losses.append(evaluate())
         mean = statistics.fmean(row[1] for row in log[-steps_per_epoch:])
         finetune.say(f'seed {seed} | epoch {epoch + 1}/{epochs} | training loss {mean:.4f} | '
-                   f'held-out loss {losses[-1]:.4f}')
+                     f'held-out loss {losses[-1]:.4f}')
         lines = [','.join(map(str, row)) for row in [('step', 'loss', 'lr', 'norm'), *log]]
         write(f'seed{seed}/log.csv', '\n'.join(lines))
         if is_main:  # sample.py and this script take it as a source
@@ -495,6 +493,6 @@ if is_main:
         finetune.say(f'\n{row["id"]}: {row["document"][:80]!r}...\n'
                      f'  reference: {row["reference"]}\n  generated: {row["generated"]}')
     finetune.say(f'\n{report}\n{out_dir}: results.md, results.json, and of each seed '
-               f'{"last.pt, log.csv and " * bool(epochs)}summaries.jsonl')
+                 f'{"last.pt, log.csv and " * bool(epochs)}summaries.jsonl')
 if world > 1:
     common.leave_processes()

@@ -29,8 +29,7 @@ budget = 25.0        # minutes in all
 only = ''            # which parts, by name, separated by commas; '' is all
 out_dir = 'out/gpu'  # report.md, report.json, and what the commands printed
 # ---
-if __name__ == '__main__':
-    common.load(globals())
+settings, given = common.load(globals()) if __name__ == '__main__' else ({}, set())  # not imported
 
 MODELS = {'GPT-2': 'gpt2_{}', 'MoM_P': 'mom_{}_k2h6s', 'MoM_I': 'mom_{}_k3h2s',
           'MoM_E': 'mom_{}_k3h1s'}
@@ -56,7 +55,7 @@ def training(*words):
 
 
 def parts():
-    """[(name, what it shows, minutes of a budget of 25, of one of its commands, commands)]"""
+    """[(name, what it shows, its minutes and those of one command if budget is 25, commands)]"""
     pytest = ['-m', 'pytest', '-q', '-rfE', '--tb=short', 'tests/test_gpu.py', '-k']
     torchrun = ['-m', 'torch.distributed.run', '--standalone',
                 f'--nproc_per_node={max(1, torch.cuda.device_count())}']
@@ -94,7 +93,7 @@ def run(words, path, limit):
         process = subprocess.Popen([sys.executable, *words], cwd=common.ROOT, stdout=output,
                                    stderr=subprocess.STDOUT, start_new_session=True)
         try:
-            status = 'failed' if process.wait(max(0, limit)) else 'done'
+            status = 'failed' if process.wait(limit) else 'done'
         except subprocess.TimeoutExpired:
             status = 'out of time'
         finally:

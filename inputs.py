@@ -13,7 +13,7 @@ import common
 class Bytes:
     """One token per UTF-8 byte, id 256 for <|endoftext|>: no vocabulary to fetch, no unknown
     text."""
-    name, n_vocab, eot_token = 'bytes', 257, 256
+    name, n_vocab, eot_token, added = 'bytes', 257, 256, {}
 
     def encode_ordinary(self, text):
         return list(utf8(text))

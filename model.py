@@ -408,18 +408,20 @@ class Chunk(nn.Module):
 
     def prepare_merging(self):
         """Set self.S: how many subsets of attention modules can be picked; 0 does not merge."""
-        self.S = 0
-        few = self.N_A <= 16  # subset_numbers has 2^N entries
+        self.S, N = 0, self.N_A
+        few = N <= 16  # subset_numbers has 2^N entries
         if self.rule_A == 'routed' and self.K_A > 1 and not self.cfg.weigh_qkv and few:
-            sets = subsets(self.N_A, self.K_A, self.cfg.skip)
+            sets = subsets(N, self.K_A, self.cfg.skip)
             if len(sets) <= MOST_SUBSETS:
                 self.S = len(sets)
-                self.register_buffer('subset', subset_numbers(sets, self.N_A), persistent=False)
-                self.register_buffer('incidence', incidence(sets, self.N_A), persistent=False)
+                members = [[float(i in one) for i in range(N)] for one in sets]  # (S, N)
+                self.register_buffer('subset', subset_numbers(sets, N), persistent=False)
+                self.register_buffer('incidence', torch.tensor(members), persistent=False)
 
     def by_subset(self, x, d):
         """A Decision about modules -> the same about their subsets: every token takes one of S."""
-        number = subset_of(d.ids, d.N, self.subset)
+        bits = (1 << d.ids).masked_fill(d.ids == d.N, 0).sum(1, keepdim=True)
+        number = self.subset[bits]  # (M, 1)
         route = sort_picks(number, self.S, self.S == 1, x)
         return d._replace(N=self.S, ids=number, weights=None, route=route)
 
@@ -826,19 +828,10 @@ def subset_numbers(sets, N):
     return numbers
 
 
-def subset_of(ids, N, numbers):
-    """Picks ids (M, K), N for SKIP -> the number of each token's set of modules (M, 1)."""
-    bits = (1 << ids).masked_fill(ids == N, 0).sum(1, keepdim=True)
-    return numbers[bits]
-
-
-def incidence(sets, N):  # (S, N) of 0 and 1: which modules a set has
-    return torch.tensor([[float(i in one) for i in range(N)] for one in sets])
-
-
 def merge(m, incidence):
     """A stack of N attention modules -> a stack of S Merged: q, k, v of a subset as one matrix.
 
+    incidence (S, N): 1 where a subset has the module, else 0.
     Eq. 5 adds them up without weights. With x^ = (x - mean) / std, and g_k, c_k the gain and bias
     of LN_k, sum_k (LN_k(x) W_k + b_k) = x^ (sum_k diag(g_k) W_k) + sum_k (c_k W_k + b_k).
     """
@@ -856,8 +849,8 @@ def gru(cell, x, s):
     """torch.nn.GRUCell for inputs x (M, C), states s (M, R) or None for 0 -> next states (M, R).
 
     It is written out where torch's own is in the way: its kernel on a GPU breaks torch.compile's
-    graph (github.com/pytorch/pytorch/issues/191153), and in decoding it would read weight_hh for a
-    state of 0.
+    graph (github.com/pytorch/pytorch/issues/191153), and in decoding, of few rows, it would read
+    weight_hh for a state of 0.
     """
     first = s is None and len(x) <= 64 and not torch.is_grad_enabled()
     if not first and not torch.compiler.is_compiling():
@@ -875,12 +868,13 @@ def gru(cell, x, s):
 
 # ----------------------------------------------------------------------------- checks of settings
 
+def need(condition, sentence):
+    if not condition:
+        raise ValueError(sentence)
+
+
 def check(cfg):
     """Raises ValueError, naming the fix, for settings that make no model."""
-    def need(condition, sentence):
-        if not condition:
-            raise ValueError(sentence)
-
     def one_of(key, known):
         value = getattr(cfg, key)
         need(value in known, f'{key}={value!r} must be one of {", ".join(known)}')
@@ -900,8 +894,6 @@ def check(cfg):
     need(0 < cfg.capacity <= 1,
          f'capacity={cfg.capacity} is a share of the tokens: 0 < capacity <= 1')
 
-    need(all(type(i) is int for i in cfg.c_share),
-         f'c_share={cfg.c_share} must be a list of whole numbers, such as [0,0,2,2]')
     phi, sizes = cfg.phi, cfg.sizes
     if cfg.router_start == 'layers':
         need(phi == 'mom' and cfg.router != 'linear' and cfg.router_weights == 'linear',
@@ -920,6 +912,11 @@ def check(cfg):
     need(phi not in ('moe', 'mod') or max(sizes) == 1,
          f"phi={phi!r} works layer by layer: chunks={cfg.chunks!r} must be "
          f"'{'-'.join('1' * sum(sizes))}'")
+    if phi == 'share' and max(sizes) > 1:
+        N = min(n for n in sizes if n > 1)
+        need(cfg.c_share and all(type(i) is int and 0 <= i < N for i in cfg.c_share),
+             f"phi='share' needs the module of each step: c_share={cfg.c_share} must be a list of "
+             f'whole numbers from 0 to {N - 1}, such as {[i // 2 * 2 for i in range(N)]}')
     need(phi not in (*ONE_OR_SKIP, 'share', 'mod') or cfg.K == 1 or cfg.vanilla,
          f'phi={phi!r} applies one module at a step: K={cfg.K} must be K=1')
     need(phi not in ONE_OR_SKIP or cfg.skip,
@@ -927,21 +924,16 @@ def check(cfg):
     need(phi == 'mom' or not cfg.vanilla,
          f'phi={phi!r} finds nothing to route in chunks={cfg.chunks!r}: take a chunk of several '
          "layers, such as '1-4-1'; for 'mod', which routes every other block, more blocks")
-    if phi == 'share':
-        N = min(n for n in sizes if n > 1)
-        need(cfg.c_share and all(0 <= i < N for i in cfg.c_share),
-             f"phi='share' needs the module of each step: c_share={cfg.c_share} must be a list of "
-             f'numbers from 0 to {N - 1}, such as {[i // 2 * 2 for i in range(N)]}')
     for plan, N in zip(cfg.plans, sizes):
         if plan.phi == 'vanilla':
             continue
         for key in 'A', 'F':
-            check_pool(cfg, key, N, need)
+            check_pool(cfg, key, N)
         if 'routed' in PHI[phi]:
-            check_picks(cfg, plan, need)
+            check_picks(cfg, plan)
 
 
-def check_pool(cfg, kind, N, need):
+def check_pool(cfg, kind, N):
     """Which modules of a chunk of N are kept."""
     first, keep = getattr(cfg, f'N_{kind}'), getattr(cfg, f'keep_{kind}')
     need(not (first and keep),
@@ -957,7 +949,7 @@ def check_pool(cfg, kind, N, need):
          f'keep_{kind} out')
 
 
-def check_picks(cfg, plan, need):
+def check_picks(cfg, plan):
     """How many entries a router picks."""
     routed = [N for rule, N in zip(PHI[cfg.phi], (plan.N_A, plan.N_F)) if rule == 'routed']
     most = max(routed) + cfg.skip

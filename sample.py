@@ -39,25 +39,25 @@ KEPT = weakref.WeakKeyDictionary()  # model -> (the weights that it had, what wa
 
 
 def prepared(model, several=False):
-    """A dict for what decoding makes of a model's weights: the last one's, if none has changed
-    since. several: for several rows at a time.
+    """A dict in which decoding keeps what it makes of a model's weights, for the next call too; an
+    empty one if a weight has changed since. several: for several rows at a time.
 
     In it are the modules of each chunk, merged by subset under MoM, and the head. On a CPU there is
     a second copy of them in another layout, as large as the model, in bf16 and for several rows;
     for one row in fp32 they are the weights themselves, and only the merged matrices take memory:
-    S * 12 C^2 bytes a routed chunk. It goes with the model, with the next call in training mode, or
-    by `forget(model)`. A change through `.data` is not seen.
+    S * 12 C^2 bytes a routed chunk. It is freed with the model, by the next call in
+    training mode, or by `forget(model)`. A change through `.data` is not seen.
     """
     # The tensors are held, so that no new weight can come to lie where an old one was.
     weights = [(p.detach(), object() if p.is_inference() else p._version)
                for p in model.parameters()]
-    now = [(p.data_ptr(), p.dtype, version) for p, version in weights]
-    if model in KEPT:
-        before, _, ready = KEPT[model]
-        if before == now and (ready['several'] or not several):
-            return ready
-    KEPT[model] = now, weights, {'several': several}
-    return KEPT[model][2]
+    now = [torch.is_autocast_enabled(model.wte.weight.device.type)]  # it decides what is made
+    now += [(p.data_ptr(), p.dtype, version) for p, version in weights]
+    before, _, ready = KEPT.get(model, (None, None, None))
+    if before != now or several and not ready['several']:
+        ready = {'several': several}
+        KEPT[model] = now, weights, ready
+    return ready
 
 
 def forget(model):
@@ -196,7 +196,7 @@ class Cache:
         self.tokens, self.used = self.tokens[rows], self.used[:, rows]
 
     def reorder(self, rows, since):
-        """The same, for rows whose first `since` entries are equal, and as many as there are."""
+        """The same, where the first `since` entries are equal and the number of rows stays."""
         moved = (rows != torch.arange(len(rows), device=rows.device)).nonzero().squeeze(1)
         for entries in (*self.k, *self.v):
             late = entries[:, :, since:self.length]
@@ -238,13 +238,11 @@ class Decoder:
         block, device = model.cfg.block_size, idx.device
         self.model, self.vocab, ready = model, vocab, prepared(model, several)
         self.apart = lengths is not None  # rows have positions of their own
-        self.row = torch.arange(B, device=device)
-        self.ends = torch.full((B,), T, device=device)
-        if self.apart:
-            self.ends, self.row = lengths.sort(descending=True)
+        ends = lengths if self.apart else torch.full((B,), T, device=device)
+        self.ends, self.row = ends.sort(descending=True, stable=True)
         self.text = torch.full((B, size), fill, device=device)
         written = torch.arange(T, device=device) < self.ends.unsqueeze(1)
-        self.text[:, :T] = torch.where(written, idx[self.row], self.text[:, :T])
+        self.text[:, :T] = torch.where(written, idx[self.row], fill)
         if 'head' not in ready:
             ready['head'] = laid_out(model.wte.weight.detach().t(), several)  # (C, V)
         self.head = ready['head']
@@ -389,7 +387,8 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
                 new = new.masked_fill(ended, stop)
                 ended = ended | (new == stop)
             decoder.write(new)
-            if n + 1 < max_new_tokens and enough_ended(ended):
+            # It pays to drop rows that have ended where they are a quarter.
+            if n + 1 < max_new_tokens and 4 * int(ended.sum()) >= len(ended):
                 out[decoder.row] = decoder.text
                 if ended.all():
                     break
@@ -422,11 +421,6 @@ def check(cfg, idx, max_new_tokens, temperature, top_k, top_p, beams, lengths, v
         raise ValueError(f'{T} + {max_new_tokens} tokens do not fit block_size={cfg.block_size}: '
                          'shorten the prompts, or take fewer new tokens')
     return lengths
-
-
-def enough_ended(ended):
-    """Whether so many rows have ended, (B,) of bool, that it pays to drop them: a quarter."""
-    return 4 * int(ended.sum()) >= len(ended)
 
 
 def beam_search(decoder, max_new_tokens, beams, stop):
@@ -492,7 +486,7 @@ def main():
 
     model, tokenizer = inputs.model_and_tokenizer(source)
     model = model.to(where).cast(getattr(torch, dtype)).eval()
-    text = read_prompt()
+    text = common.read_text(prompt.removeprefix('file:')) if prompt.startswith('file:') else prompt
     ids = tokenizer.encode_ordinary(text) or [tokenizer.eot_token]  # it stands before a document
     idx = torch.tensor([ids], device=where)
     end = tokenizer.eot_token
@@ -506,11 +500,6 @@ def main():
         print(text + tokenizer.decode(new))
         if n < samples - 1:
             print('-' * 40)
-
-
-def read_prompt():
-    """The setting `prompt`, or the text of the file that it names."""
-    return common.read_text(prompt[len('file:'):]) if prompt.startswith('file:') else prompt
 
 
 if __name__ == '__main__':

@@ -35,7 +35,7 @@ from torch.utils._pytree import tree_map
 
 import common
 import inputs
-from model import GPT, MoMConfig, has_grouped_mm
+from model import GPT, MoMConfig, has_grouped_mm, need
 from weights import load_checkpoint, regroup
 
 # --- run
@@ -106,11 +106,6 @@ elif max_steps and (os.path.exists(last_pt) or os.path.exists(best_pt)) and not 
 resumed = checkpoint is not None
 
 # ----------------------------------------------------------------------------- settings
-
-def need(condition, sentence):
-    if not condition:
-        raise ValueError(sentence)
-
 
 for key in ('batch_size', 'micro_batch', 'block_size', 'eval_every', 'eval_tokens', 'log_every'):
     need(settings[key] >= 1, f'{key}={settings[key]} must be at least 1')

@@ -38,8 +38,8 @@ HF_NAMES = {
     'mlp.c_proj.weight': 'ffn.proj_w', 'mlp.c_proj.bias': 'ffn.proj_b'}
 MASKS = '.attn.bias', '.attn.masked_bias'  # old files hold the causal mask too; it is no weight
 # What a broken file raises.
-UNREADABLE = (RuntimeError, EOFError, KeyError, ValueError, OSError, NotImplementedError,
-              zipfile.BadZipFile, pickle.UnpicklingError, safetensors.SafetensorError)
+UNREADABLE = (RuntimeError, EOFError, KeyError, ValueError, OSError, zipfile.BadZipFile,
+              pickle.UnpicklingError, safetensors.SafetensorError)
 
 
 def from_pretrained(source, **overrides):
@@ -106,7 +106,7 @@ def load_checkpoint(path):
     try:
         checkpoint['model_config'] = asdict(MoMConfig(**checkpoint['model_config']))
         checkpoint['model'] = numbers(checkpoint['model'])
-    except (KeyError, TypeError, AttributeError) as error:
+    except (LookupError, TypeError, AttributeError) as error:
         raise ValueError(f'{path} is not a checkpoint of train.py ({error!r})') from error
     return checkpoint
 
@@ -201,11 +201,9 @@ def read_gpt2(folder, hf):
                          'again') from error
     needed = {'model_type': 'gpt2', 'activation_function': 'gelu_new', 'layer_norm_epsilon': 1e-5,
               'scale_attn_weights': True, 'scale_attn_by_inverse_layer_idx': False,
-              'tie_word_embeddings': True}
-    if hf.get('n_inner') not in (None, 4 * hf['n_embd']):
-        needed['n_inner'] = 4 * hf['n_embd']
+              'tie_word_embeddings': True, 'n_inner': 4 * hf['n_embd']}
     for key, want in needed.items():
-        if hf.get(key, want) != want:
+        if hf.get(key) not in (None, want):  # null is as good as absent
             raise ValueError(f"{path} has {key}={hf[key]!r}; GPT-2's is {want!r}: it is another "
                              'model')
     tensors = read_tensors(folder)
@@ -328,7 +326,9 @@ def write_folder(model, tokenizer, folder):
             'vocab_size': cfg.vocab_size, 'activation_function': 'gelu_new',
             'layer_norm_epsilon': 1e-5, 'attn_pdrop': 0.0, 'embd_pdrop': 0.0, 'resid_pdrop': 0.0,
             'tie_word_embeddings': True, 'torch_dtype': 'float32'}
-    config |= {**ends, 'tokenizer': tokenizer.name}
+    config |= ends
+    if not tokenizer.added:  # else tokenizer.json says which it is
+        config['tokenizer'] = tokenizer.name
     plain = {'generation_config.json': ends, 'tokenizer.json': tokenizer_json(tokenizer),
              'tokenizer_config.json': {
                  'tokenizer_class': 'PreTrainedTokenizerFast', 'model_max_length': cfg.block_size,
@@ -359,9 +359,7 @@ def tokenizer_json(tokenizer):
     The file has one letter for a byte, see inputs.byte_letters.
     """
     letters = inputs.byte_letters()
-    pieces = [bytes((i,)) for i in range(256)]
-    if tokenizer.name != 'bytes':
-        pieces = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.eot_token)]
+    pieces = [tokenizer.decode_single_token_bytes(i) for i in range(tokenizer.eot_token)]
     ids = {piece: i for i, piece in enumerate(pieces)}
 
     def write(piece):
@@ -369,11 +367,12 @@ def tokenizer_json(tokenizer):
     byte_level = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True,
                   'use_regex': True}
     merges = [[*map(write, halves(piece, ids))] for piece in pieces[256:]]
-    end = {'id': tokenizer.eot_token, 'content': common.EOT, 'special': True, 'normalized': False,
-           'single_word': False, 'lstrip': False, 'rstrip': False}
+    whole = {'special': True, 'normalized': False, 'single_word': False, 'lstrip': False,
+             'rstrip': False}
+    added = {common.EOT: tokenizer.eot_token, **tokenizer.added}
     return {'version': '1.0', 'truncation': None, 'padding': None, 'normalizer': None,
-            'added_tokens': [end], 'pre_tokenizer': byte_level, 'post_processor': None,
-            'decoder': byte_level,
+            'added_tokens': [{'id': i, 'content': text, **whole} for text, i in added.items()],
+            'pre_tokenizer': byte_level, 'post_processor': None, 'decoder': byte_level,
             'model': {'type': 'BPE', 'merges': merges,
                       'vocab': {write(piece): i for piece, i in ids.items()}}}
 

