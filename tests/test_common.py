@@ -15,11 +15,8 @@ import torch
 import common
 import inputs
 from model import GPT, MoMConfig
-from tests.test_docs import settings_of
-from weights import HUB
-
-SCRIPTS = ['train.py', 'prepare.py', 'sample.py', 'bench.py', 'finetune_glue.py',
-           'finetune_xsum.py', 'evaluate.py', 'weights.py', 'analyze.py', 'reproduce.py', 'gpu.py']
+from tests.test_docs import SCRIPTS
+from tests.test_model import SIZES
 
 
 def load(*argv, **scope):
@@ -266,16 +263,11 @@ CONFIGS = sorted(glob.glob(os.path.join(common.ROOT, 'config', '[a-z]*.py')))
 
 @pytest.mark.parametrize('path', CONFIGS, ids=os.path.basename)
 def test_every_config_file_is_one_that_train_takes(path):
-    with open(os.path.join(common.ROOT, 'train.py')) as f:
-        defaults = f.read().split('# --- run')[1].split('settings, given =')[0]
-    scope = {}
-    exec(defaults, scope)
-    scope = {k: v for k, v in scope.items() if not k.startswith('_')}
+    scope = dict(SCRIPTS['train.py'][0])
     settings, given = common.load(scope, [path], model=MoMConfig, without=('vocab_size',))
     base = {}
-    if settings['init_from'] in HUB:  # the width comes with the weights
-        sizes = {'gpt2': (12, 768, 12), 'gpt2-medium': (24, 1024, 16), 'gpt2-large': (36, 1280, 20)}
-        layers, n_embd, n_head = sizes[settings['init_from']]
+    if settings['init_from'] in SIZES:  # the width comes with the weights
+        n_embd, layers, n_head, _ = SIZES[settings['init_from']]
         base = dict(n_embd=n_embd, n_head=n_head)
         assert 'n_embd' not in given
     values = {f.name: settings[f.name] for f in fields(MoMConfig) if f.name in settings}
@@ -298,7 +290,7 @@ def test_help_lists_every_setting_with_its_comment(script):
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith('  --')]
     kinds = bool, int, float, str, list
-    own = {key for key, value in settings_of(script)[0].items() if isinstance(value, kinds)}
+    own = {key for key, value in SCRIPTS[script][0].items() if isinstance(value, kinds)}
     listed = {line.split('=')[0].strip(' -') for line in lines}
     assert own and own <= listed, own - listed
     for line in lines:
@@ -312,24 +304,6 @@ def test_a_mistake_is_one_sentence_without_traceback(script):
     assert done.returncode == 1
     assert done.stderr.startswith(f'{script}: error: --nonsense=1: unknown setting')
     assert done.stderr.count('\n') == 1
-
-
-def test_bytes_round_trip():
-    tokenizer = inputs.tokenizer('bytes')
-    text = 'Four score — and seven\r\n years\t😀'
-    ids = tokenizer.encode_ordinary(text)
-    assert tokenizer.decode(ids) == text and max(ids) < tokenizer.n_vocab
-    assert tokenizer.decode([72, 256, 105]) == 'H<|endoftext|>i'
-
-
-def test_gpt2_tokens_are_those_of_transformers_files():
-    tokenizer = inputs.tokenizer('gpt2')
-    assert tokenizer.n_vocab == 50257 and tokenizer.eot_token == 50256
-    assert tokenizer.encode_ordinary('Hello world') == [15496, 995]
-    text = "It's  the\n\n state of the Union's — 1,024 ünïcode\t\r\n"
-    assert tokenizer.decode(tokenizer.encode_ordinary(text)) == text
-    with pytest.raises(ValueError, match="'gpt2' or 'bytes'"):
-        inputs.tokenizer('gpt4')
 
 
 def test_atomic_write_keeps_the_old_file(tmp_path):

@@ -114,7 +114,9 @@ def test_mistakes_name_the_fix(tmp_path, monkeypatch):
     (tmp_path / 'empty.txt').write_text('')
     text = str(tmp_path / 'a.txt')
     for message, wrong in [
-            ('say what to evaluate', {}), ('cannot be read', dict(text='nowhere.txt')),
+            ('say what to evaluate', {}),
+            ('cannot be read .No such file or directory.: give a text file',
+             dict(text='nowhere.txt')),
             ('is empty', dict(text=str(tmp_path / 'empty.txt'))),
             ('stride=65 must be 1 to block_size=64', dict(text=text, stride=65)),
             ('batch_size=0', dict(text=text, batch_size=0)),
@@ -204,7 +206,7 @@ def test_tasks_of_local_files(tmp_path):
 
 
 @needs_lm_eval
-def test_an_unknown_task_names_the_fix(tmp_path, monkeypatch):
+def test_an_unknown_task_names_the_fix(monkeypatch):
     monkeypatch.setattr(sys, 'path', [*sys.path])
     with pytest.raises(ValueError, match="no task 'helaswag'; near it are .*hellaswag"):
         evaluate.find_tasks('helaswag')

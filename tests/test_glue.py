@@ -1,7 +1,6 @@
 """finetune_glue.py: small files of sentences made here, tiny models, oracles written out below."""
 import contextlib
 import copy
-import csv
 import fcntl
 import io
 import json
@@ -17,14 +16,13 @@ from dataclasses import asdict
 
 import datasets
 import numpy as np
-import pyarrow
-import pyarrow.parquet
 import pytest
 import torch
 import transformers
+from test_train import shell
+from test_xsum import write
 
 import common
-import finetune
 import finetune_glue as glue
 import inputs
 from model import GPT, MoMConfig
@@ -67,24 +65,6 @@ def rows_of(task, n, seed, labelled=True):
         if not labelled:
             rows[-1]['label'] = -1
     return rows
-
-
-def write(path, rows):
-    path = os.fspath(path)
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    if path.endswith('.parquet'):
-        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-        return
-    with open(path, 'w', newline='', encoding='utf-8') as f:
-        if path.endswith('.csv'):
-            table = csv.DictWriter(f, rows[0])
-            table.writeheader()
-            table.writerows(rows)
-        elif path.endswith('.tsv'):
-            lines = ['\t'.join(map(str, row.values())) for row in rows]
-            f.write('\n'.join(['\t'.join(rows[0]), *lines]))
-        else:
-            f.write(''.join(json.dumps(row) + '\n' for row in rows))
 
 
 def write_task(folder, task, train=24, validation=10, test=7):
@@ -141,17 +121,6 @@ def run(*args):
     return out.getvalue()
 
 
-def command(*args, ranks=1):
-    """The script as a user runs it -> stdout."""
-    words = ['finetune_glue.py', *map(str, args), '--device=cpu']
-    if ranks > 1:
-        words = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}', *words]
-    done = subprocess.run([sys.executable, *words], cwd=common.ROOT, capture_output=True, text=True,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
-
-
 def result(out, task, seed=1337):
     return json.loads((out / f'{task}_seed{seed}.json').read_text())
 
@@ -160,8 +129,9 @@ def result(out, task, seed=1337):
 
 def test_every_task_end_to_end(data, sources, tmp_path):
     out = tmp_path / 'out'
-    stdout = command(f'--source={sources["mom"]}', f'--data_dir={data}', f'--out_dir={out}',
-                     '--max_steps=2', '--learning_rate=1e-3', '--paper_row=MoM_P medium')
+    stdout = shell(f'--source={sources["mom"]}', f'--data_dir={data}', f'--out_dir={out}',
+                   '--max_steps=2', '--learning_rate=1e-3', '--paper_row=MoM_P medium',
+                   '--device=cpu', script='finetune_glue.py')
     figures = {}
     for task, columns in COLUMNS.items():
         r = result(out, task)
@@ -348,7 +318,8 @@ def test_two_processes_equal_one(data, sources, tmp_path):
             '--max_train=10', '--batch_size=3', '--micro_batch=2', '--learning_rate=1e-3',
             '--save=True']
     run(*args, f'--out_dir={tmp_path / "one"}')
-    command(*args, f'--out_dir={tmp_path / "two"}', ranks=2)
+    shell(*args, f'--out_dir={tmp_path / "two"}', '--device=cpu', ranks=2,
+          script='finetune_glue.py')
     for task in ('rte', 'stsb'):
         one, two = (torch.load(tmp_path / n / f'{task}_seed1337.pt', weights_only=True)
                     for n in ('one', 'two'))
@@ -710,9 +681,6 @@ def test_the_shards_of_the_hub_are_read_as_they_are(sources, tmp_path):
     run(*args, f'--data_dir={tmp_path}/plain', f'--out_dir={tmp_path}/plain_out')
     one, two = (result(tmp_path / name, 'cola') for name in ('shards', 'plain_out'))
     assert one['train_loss'] == two['train_loss'] and one['figures'] == two['figures']
-    (tmp_path / 'cola' / 'train-00001-of-00003.parquet').unlink()
-    with pytest.raises(ValueError, match='is one of 3 shards, but 2 are there'):
-        run(*args, f'--out_dir={tmp_path}/again')
 
 
 def test_what_was_found_is_said_where_it_is_not_understood(sources, tmp_path):
@@ -736,18 +704,13 @@ def test_what_was_found_is_said_where_it_is_not_understood(sources, tmp_path):
         run(*args, '--task=qnli')
 
 
-@pytest.mark.parametrize('task', ['RTE', 'rte,rte', 'rte, RTE', ' rte'])
-def test_names_of_tasks(task, data, sources, tmp_path):
+@pytest.mark.parametrize('task, names', [
+    ('rte, RTE', ['rte']), ('STS-B,SST-2', ['sst2', 'stsb'])])  # as the server calls them, too
+def test_names_of_tasks(task, names, data, sources, tmp_path):
     run(f'--source={sources["vanilla"]}', f'--task={task}', f'--data_dir={data}',
         f'--out_dir={tmp_path}', '--max_steps=1')
-    assert [f.name for f in tmp_path.glob('*.json')] == ['rte_seed1337.json']
-
-
-def test_sts_b_as_the_server_calls_it(data, sources, tmp_path):
-    run(f'--source={sources["vanilla"]}', '--task=STS-B,SST-2', f'--data_dir={data}',
-        f'--out_dir={tmp_path}', '--max_steps=1')
-    names = sorted(f.name for f in tmp_path.glob('*.json'))
-    assert names == ['sst2_seed1337.json', 'stsb_seed1337.json']
+    files = sorted(f.name for f in tmp_path.glob('*.json'))
+    assert files == [f'{name}_seed1337.json' for name in names]
 
 
 # ----------------------------------------------------------------------------- what is said
@@ -816,7 +779,7 @@ def test_ctrl_c_keeps_whole_epochs_and_says_so(data, sources, tmp_path):
         assert all(torch.equal(p, two[key][name]) for name, p in one[key].items())
 
 
-def test_what_is_kept_of_other_settings_is_not_gone_on_with(data, sources, tmp_path, monkeypatch):
+def test_what_is_kept_of_other_settings_is_not_gone_on_with(data, sources, tmp_path):
     args = [f'--source={sources["vanilla"]}', '--task=rte', f'--data_dir={data}', '--epochs=2']
     run(*args, f'--out_dir={tmp_path / "a"}', '--learning_rate=1e-2')
     state = dict(settings=dict(task='rte'), losses=[0.0] * 1)
@@ -856,22 +819,15 @@ SPOILT = [
      r'train.csv, row 2: label is 2.0 .* 0 \(negative\)'),
     ('sst2', 'train.csv', 'text,label\nFine.,1\n',
      "row 1 has no 'sentence', only text, label: sst2 needs the columns"),
-    ('sst2', 'train.csv', 'sentence,label\nFine, or not.,1\n',
-     'row 1 cannot be read .*more or fewer values'),
     ('sst2', 'train.csv', 'sentence,label\nFine.,good\n', "row 1: label is 'good' and must be 0"),
     ('sst2', 'train.csv', 'sentence,label\nFine.,1\n ,0\n',
      'row 2 is empty: give it text or delete it'),
     ('sst2', 'train.csv', 'sentence,label\n', 'train.csv has no rows'),
     ('sst2', 'train.csv', '', 'train.csv has no rows'),
-    ('sst2', 'train.csv', 'sentence,label\nFine.,1\nCaf\udce9.,1\n',
-     'train.csv, row . cannot be read .*utf-8'),
-    ('cola', 'validation.tsv', 'sentence\tlabel\nFine.\t1\t2\n',
-     'validation.tsv, row 1 cannot be read'),
     ('cola', 'validation.tsv', 'sentence\tlabel\nFine.\t0.5\n', 'row 1: label is 0.5'),
     ('rte', 'train.jsonl',
      '{"sentence1": "A.", "sentence2": "B.", "label": 1}\n{"sentence1": "A.", "senten',
      'train.jsonl, row 2 cannot be read .*repair or delete it'),
-    ('rte', 'train.jsonl', '["A.", "B.", 1]\n', 'row 1 cannot be read .it is no object'),
     ('rte', 'train.jsonl', '{"sentence1": "A.", "label": 1}\n',
      "row 1 has no 'sentence2', only sentence1, label"),
     ('rte', 'train.jsonl', '{"sentence1": "A.", "sentence2": null, "label": 1}\n',
@@ -886,17 +842,12 @@ SPOILT = [
      r'label is -1 .*0 \(entailment\)'),
     ('rte', 'train.jsonl', '{"sentence1": "A.", "sentence2": "B."}\n', "has no 'label'"),
     ('rte', 'train.jsonl', '\n', 'train.jsonl has no rows'),
-    ('rte', 'train.jsonl', '\n\nnull\n', 'train.jsonl, row 3 cannot be read .it is no object'),
     ('stsb', 'train.jsonl', '{"sentence1": "A.", "sentence2": "B.", "label": 5.1}\n',
      'must be a number from 0 to 5'),
     ('stsb', 'train.jsonl', '{"sentence1": "A.", "sentence2": "B.", "label": NaN}\n',
      'must be a number from 0 to 5'),
-    ('mrpc', 'train.parquet', 'no table', 'train.parquet, row 1 cannot be read'),
-    ('mrpc', 'train.jsonl', '{}', 'train.parquet are the same split'),
     ('mnli', 'validation_matched.jsonl', None, 'mnli has no split validation_matched: it holds '
-     'test_matched.jsonl, .*; give one of validation_matched.jsonl, .*dev_matched.tsv, or shards'),
-    ('qqp', 'train.jsonl', None,
-     'qqp has no split train: it holds validation.jsonl; give one of train.jsonl, ')]
+     'test_matched.jsonl, .*; give one of validation_matched.jsonl, .*dev_matched.tsv, or shards')]
 
 
 @pytest.mark.parametrize('task, file, text, message', SPOILT)
@@ -906,7 +857,7 @@ def test_bad_files(task, file, text, message, sources, tmp_path):
     if text is None:
         path.unlink()
     else:
-        path.write_bytes(text.encode(errors='surrogateescape'))
+        path.write_text(text)
     with pytest.raises(ValueError, match=message) as error:
         run(f'--source={sources["vanilla"]}', f'--task={task}', f'--data_dir={tmp_path}',
             f'--out_dir={tmp_path}/out')
@@ -926,16 +877,6 @@ def test_what_is_not_a_mistake(sources, tmp_path):
         f'--out_dir={tmp_path}/out', '--max_steps=1')
     predictions = (tmp_path / 'out' / 'predictions_seed1337' / 'QQP.tsv').read_text()
     assert len(predictions.splitlines()) == 13
-
-
-def test_the_same_rows_in_every_format(tmp_path):
-    rows = [dict(sentence='He said "no", twice.', label=1), dict(sentence='NA', label=0),
-            dict(sentence='ø', label=1)]
-    for ending in finetune.TABLES:
-        path = str(tmp_path / f'a{ending}')
-        write(path, rows)
-        read = list(finetune.read_tables([path], numbers=['label']))
-        assert read == [(f'{path}, row {n}', row) for n, row in enumerate(rows, 1)], ending
 
 
 def test_bad_settings(data, sources, tmp_path):

@@ -392,17 +392,6 @@ def balance_loss_of(model, idx):
 
 # ----------------------------------------------------------------------------- mixture of depths
 
-@pytest.mark.parametrize('router', ['gru', 'mlp'])
-def test_mod_takes_any_router(router):
-    model = stir(GPT(tiny(chunks='1-1-1-1', phi='mod', K=1, capacity=0.5, router=router)).double())
-    idx = torch.randint(0, 50, (3, 12))
-    logits, loss = model.train()(idx, idx)
-    loss.backward()
-    assert model.chunks[1].router_t.out.weight.grad.abs().sum() > 0
-    alone = model(idx[1:2])[0]  # sequences do not see each other
-    assert torch.allclose(logits[1:2], alone, rtol=1e-10)
-
-
 def test_mod_at_full_capacity_with_gate_one_is_vanilla():
     vanilla = stir(GPT(tiny(chunks='1-1-1-1')).double())
     model = GPT(tiny(chunks='1-1-1-1', phi='mod', K=1, capacity=1.0)).double().train()
@@ -459,8 +448,11 @@ def test_any_router_goes_with_any_phi(phi, router):
     for kw in variants:
         model = stir(GPT(tiny(phi=phi, router=router, K=K, **layers, **kw)).double(), std=0.2)
         idx = torch.randint(0, 50, (2, 12))
-        model.train()(idx, idx)[1].backward()
+        logits, loss = model.train()(idx, idx)
+        loss.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+        assert sum(p.grad.abs().sum() for n, p in model.named_parameters() if 'router' in n) > 0
+        assert torch.allclose(model(idx[1:])[0], logits[1:], rtol=1e-10)  # no sequence sees another
         full, cache = model.eval().features(idx)[0], Cache(model.cfg, 2, 'cpu', torch.float64)
         pieces = [model.features(part, cache)[0] for part in idx.split(5, 1)]
         assert torch.allclose(torch.cat(pieces, 1), full, rtol=1e-10)
@@ -535,26 +527,6 @@ def test_all_of_n_equal_modules_with_weights_that_sum_to_one(H):
     tied = model.state_dict()
     loose.load_state_dict({n: tied[n].expand_as(p) for n, p in loose.state_dict().items()})
     assert torch.allclose(loose(idx)[0], want, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize('R', [1, 3, 16, 40])
-@pytest.mark.parametrize('router', ['gru', 'mlp'])
-def test_router_dim_from_one_to_beyond_the_width(router, R):
-    # A small std, as at R = 1 a GELU can be 0: ties.
-    model = stir(GPT(tiny(router=router, router_dim=R, K=2, H=2)).double(), std=0.1)
-    idx = torch.randint(0, 50, (1, 6))
-    want = dense.gpt(idx, dense_params(model), [1, 4, 1], n_head=2, H=2, K_a=2, K_f=2, skip=True,
-                     kind=router)
-    assert torch.allclose(model(idx)[0], want, rtol=1e-10)
-
-
-@pytest.mark.parametrize('chunks', ['6', '3-3', '1-4-1', '1-1-2-1-1', '2-1-3'])
-def test_any_chunking(chunks):
-    model = stir(GPT(tiny(chunks=chunks, K=2, H=2)).double())
-    idx = torch.randint(0, 50, (1, 6))
-    want = dense.gpt(idx, dense_params(model), model.cfg.sizes, n_head=2, H=2, K_a=2, K_f=2,
-                     skip=True)
-    assert torch.allclose(model(idx)[0], want, rtol=1e-10) and model.cfg.n_layer == 6
 
 
 # ----------------------------------------------------------------------------- mistakes

@@ -11,7 +11,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from test_train import ENV, command, text, write_data  # noqa: F401  (text is a fixture)
+from test_train import ENV, command, text  # noqa: F401  (text is a fixture)
 
 import common
 

