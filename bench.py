@@ -1103,8 +1103,7 @@ if mode in ('train', 'forward', 'decode'):
 line = json.dumps(results | notes)
 if for_person:
     path = os.path.join(out_dir, f'{mode}.json')
-    with common.atomic_write(path) as f:
-        f.write(line.encode() + b'\n')
+    common.write_text(path, line + '\n')
     print(f'as JSON: {path}')
 else:
     print(line)

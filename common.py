@@ -78,8 +78,7 @@ def load(scope, argv=None, model=None, without=()):
             key, equals, text = arg[2:].partition('=')
             if not equals:
                 raise ValueError(f'{arg}: settings are written --key=value, for example --{key}=1')
-            _check_known(key, settings, arg)
-            values = {key: _parse(key, text, settings[key])}
+            values = {key: _parse(text, settings.get(key))}
         elif arg.endswith('.py'):
             values = read_file(arg)
         elif 'mode' in settings:
@@ -124,7 +123,7 @@ def _check_known(key, settings, where):
                          + ' (--help lists all of them)')
 
 
-def _parse(key, text, default):
+def _parse(text, default):
     if isinstance(default, str):
         return text
     if isinstance(default, bool) and text.lower() in ('true', 'false'):
@@ -216,6 +215,12 @@ def atomic_write(path):
             os.unlink(part)
 
 
+def write_text(path, text):
+    """A text file, whole or not at all."""
+    with atomic_write(path) as f:
+        f.write(text.encode())
+
+
 def seal(facts):
     """The SHA-256 of a dict of plain values, in hexadecimal: meta.json has that of all else in
     it."""
@@ -285,12 +290,10 @@ def lock_folder(path):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        file.close()
         raise ValueError(f'another run is at work in {path}: let it finish, stop it, or take '
                          'another --out_dir') from None
     except OSError:  # a file system without locks
-        file.close()
-        return
+        pass
     _locks[where] = file
 
 

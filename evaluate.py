@@ -65,8 +65,7 @@ def score(model, pieces, vocab, batch_size):
     where, head = model.wte.weight.device, model.wte.weight[:vocab]
     scores = [None] * len(pieces)
     longest_first = sorted(range(len(pieces)), key=lambda i: -len(pieces[i][0]))
-    bar = tqdm(total=len(pieces), desc='texts', disable=None)
-    for first in range(0, len(pieces), batch_size):
+    for first in tqdm(range(0, len(pieces), batch_size), 'texts', unit='batch', disable=None):
         batch = longest_first[first:first + batch_size]
         inputs = [torch.tensor(pieces[i][0][:-1]) for i in batch]
         idx = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True)  # (B, T)
@@ -77,8 +76,6 @@ def score(model, pieces, vocab, batch_size):
             logits = F.linear(x[row, end - n:end], head).float()         # (n, V)
             nats = -F.cross_entropy(logits, targets, reduction='sum')
             scores[i] = nats.item(), bool((logits.argmax(-1) == targets).all())
-        bar.update(len(batch))
-    bar.close()
     return scores
 
 
@@ -168,10 +165,8 @@ def continue_texts(model, tokenizer, prompts, wanted):
                           stop=tokenizer.eot_token, lengths=lengths, vocab=tokenizer.n_vocab)
     until, texts = wanted.get('until') or [], []
     for row, length in zip(out.tolist(), lengths):
-        tokens = row[length:length + new]
-        if tokenizer.eot_token in tokens:
-            tokens = tokens[:tokens.index(tokenizer.eot_token)]
-        written = tokenizer.decode(tokens)
+        tokens = [*row[length:length + new], tokenizer.eot_token]
+        written = tokenizer.decode(tokens[:tokens.index(tokenizer.eot_token)])
         for end in [until] if isinstance(until, str) else until:
             written = written.split(end)[0] if end else written
         texts.append(written)
@@ -256,8 +251,7 @@ def main():
 def save(found, folder, kind, default=None):
     """Results as JSON, under a name with the time in it, as lm-eval does; default: json.dumps's."""
     path = os.path.join(folder, f'{kind}_{time.strftime("%Y-%m-%dT%H-%M-%S")}.json')
-    with common.atomic_write(path) as f:
-        f.write(json.dumps(found, indent=2, default=default, ensure_ascii=False).encode())
+    common.write_text(path, json.dumps(found, indent=2, default=default, ensure_ascii=False))
     print(f'written to {path}')
 
 

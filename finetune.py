@@ -7,8 +7,6 @@ import math
 import os
 import re
 
-import common
-
 # ----------------------------------------------------------------------------- labelled data
 
 TABLES = ('.jsonl', '.parquet', '.csv', '.tsv')
@@ -123,12 +121,6 @@ def say(text):
     if os.environ.get('RANK', '0') == '0':
         with tqdm.external_write_mode():
             print(text, flush=True)
-
-
-def write_text(path, text):
-    """A text file, whole or not at all."""
-    with common.atomic_write(path) as file:
-        file.write(text.encode())
 
 
 def check_settings(settings, **least):

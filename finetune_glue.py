@@ -386,7 +386,7 @@ def write_predictions(path, name, predicted):
     else:
         values = [labels[i] if name in BY_NAME else str(i) for i in predicted.tolist()]
     lines = ['index\tprediction', *(f'{i}\t{value}' for i, value in enumerate(values)), '']
-    finetune.write_text(path, '\n'.join(lines))
+    common.write_text(path, '\n'.join(lines))
 
 
 def markdown(results, n_seeds, title, how=''):
@@ -506,7 +506,7 @@ def run_task(want, base, tokenizer, data, folder, on):
             torch.save(dict(result, model=model.state_dict(), head=head.state_dict(),
                             meta=dict(tokenizer=tokenizer.name)), file)
     # Last: where this file is, the others are.
-    finetune.write_text(path, json.dumps(result, indent=2) + '\n')
+    common.write_text(path, json.dumps(result, indent=2) + '\n')
     if os.path.exists(part):
         os.unlink(part)
 
@@ -573,7 +573,7 @@ def main():
         how = (f'Learning rate {learning_rate}, warm-up over {warmup:.0%} of the steps, at most '
                f'{tokens} tokens, {precision}.')
         table = markdown([r for r, other in found if r and not other], seeds, source, how)
-        finetune.write_text(os.path.join(folder, 'results.md'), table)
+        common.write_text(os.path.join(folder, 'results.md'), table)
         finetune.say(f'\n{table}\n{folder}/results.md')
     if world > 1:
         common.leave_processes()

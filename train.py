@@ -63,7 +63,7 @@ track = ''              # 'wandb', 'trackio' or 'tensorboard': a second log
 # --- system
 device = 'auto'         # 'auto', 'cpu', 'cuda', 'mps' or 'xpu'
 dtype = 'auto'          # autocast: 'bfloat16' (auto, if a GPU has it), 'float16' or 'float32'
-compile = False         # torch.compile: the whole model; on the CPU a MoM's vanilla chunks only
+compile = False         # torch.compile; of a MoM all of it on Hopper in bf16, else unrouted chunks
 fsdp = False            # shard weights, gradients and optimizer over the processes (FSDP2)
 checkpointing = False   # keep the chunks' inputs only, compute the rest again: less memory, slower
 # ---
@@ -258,7 +258,7 @@ def evaluate():
 
     The sequences are evenly spread over val.bin and never drawn at random: no evaluation changes a
     training step. The loss is the mean over all of their tokens, however many the processes. None
-    if a signal interrupts it: it may take longer than the sender waits, and is done after resuming.
+    if a signal interrupts it, since the sender may not wait for its end; resuming does it again.
     """
     picked = dict.fromkeys('AF', 0)  # modules, SKIP is none
     asked = dict.fromkeys('AF', 0)   # tokens that they were picked for
@@ -356,9 +356,8 @@ if checkpoint:
     torch.set_rng_state(checkpoint['rng'])
     val_loss, val_step, best_loss = (checkpoint[k] for k in ('val_loss', 'val_step', 'best_loss'))
     saved_step = step
-    if max_steps and checkpoint['meta']['train_sha256'] != meta['train_sha256']:
-        raise ValueError(f'{data_dir} is not the data that the run in {out_dir} was trained on '
-                         '(train.bin differs)')
+    need(not max_steps or checkpoint['meta'].get('train_sha256') == meta['train_sha256'],
+         f'{data_dir} is not the data that the run in {out_dir} was trained on (train.bin differs)')
     if writes and val_step == step and val_loss == best_loss:
         common.link(last_pt, best_pt)  # a kill between the two leaves an older best.pt
     checkpoint = moments = None  # frees the memory
@@ -374,8 +373,7 @@ if writes:
         with open(log_path, newline='', errors='replace') as f:
             # A kill can leave half of a line; Python 3.10 reads none with a NUL.
             lines = [line for line in f if line.endswith('\n') and '\0' not in line]
-            rows = [*csv.reader(lines)]
-        for row in rows:
+        for row in csv.reader(lines):
             if len(row) == len(COLUMNS) and row[0].isdigit():
                 measured = row[COLUMNS.index('val_loss')]
                 if int(row[0]) <= (val_step if measured else step):
@@ -385,10 +383,8 @@ if writes:
             if os.path.exists(path):
                 os.unlink(path)
     try:
-        with common.atomic_write(log_path) as f:
-            f.write('\n'.join(','.join(row) for row in [COLUMNS, *kept]).encode() + b'\n')
-        with common.atomic_write(os.path.join(out_dir, 'settings.json')) as f:
-            f.write(json.dumps(settings, indent=1).encode() + b'\n')
+        common.write_text(log_path, ''.join(','.join(row) + '\n' for row in [COLUMNS, *kept]))
+        common.write_text(f'{out_dir}/settings.json', json.dumps(settings, indent=1) + '\n')
     except OSError as error:
         raise not_written(log_path, error) from error
 send, end_tracking = common.tracker(track if writes else '', out_dir, settings, step)

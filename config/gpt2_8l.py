@@ -4,12 +4,8 @@
 # 96M parameters, 6.8e+18 FLOPs: 2 hours at 40% of the peak of 8 A100.
 
 out_dir = 'out/gpt2_8l'
-data_dir = 'data/openwebtext_gpt2'
 chunks = '1-1-1-1-1-1-1-1'
 n_embd = 768
 n_head = 12
 max_steps = 20_000
-learning_rate = 1e-3
-warmup = 0.1
-batch_size = 512
 micro_batch = 32

@@ -3,12 +3,8 @@
 # 774M parameters, 5.5e+19 FLOPs: 15 hours at 40% of the peak of 8 A100.
 
 out_dir = 'out/gpt2_large'
-data_dir = 'data/openwebtext_gpt2'
 chunks = '-'.join('1' * 36)
 n_embd = 1280
 n_head = 20
 max_steps = 20_000
-learning_rate = 1e-3
-warmup = 0.1
-batch_size = 512
 micro_batch = 8

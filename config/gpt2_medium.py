@@ -3,12 +3,8 @@
 # 355M parameters, 2.5e+19 FLOPs: 7 hours at 40% of the peak of 8 A100.
 
 out_dir = 'out/gpt2_medium'
-data_dir = 'data/openwebtext_gpt2'
 chunks = '-'.join('1' * 24)
 n_embd = 1024
 n_head = 16
 max_steps = 20_000
-learning_rate = 1e-3
-warmup = 0.1
-batch_size = 512
 micro_batch = 16

@@ -3,12 +3,8 @@
 # 124M parameters, 9.0e+18 FLOPs: 2 hours at 40% of the peak of 8 A100.
 
 out_dir = 'out/gpt2_small'
-data_dir = 'data/openwebtext_gpt2'
 chunks = '-'.join('1' * 12)
 n_embd = 768
 n_head = 12
 max_steps = 20_000
-learning_rate = 1e-3
-warmup = 0.1
-batch_size = 512
 micro_batch = 32

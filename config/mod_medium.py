@@ -5,7 +5,6 @@
 # peak of 8 A100. To start from your own phase one: --init_from=out/gpt2_medium
 
 out_dir = 'out/mod_medium'
-data_dir = 'data/openwebtext_gpt2'
 init_from = 'gpt2-medium'
 chunks = '-'.join('1' * 24)
 phi = 'mod'
@@ -13,8 +12,5 @@ K = 1
 capacity = 0.125
 router = 'linear'
 max_steps = 10_000
-learning_rate = 1e-3
-warmup = 0.1
-batch_size = 512
 micro_batch = 8
 seed = 1338  # other batches than phase one

@@ -5,7 +5,6 @@
 # To start from your own phase one: --init_from=out/gpt2_large
 
 out_dir = 'out/moe_share_large'
-data_dir = 'data/openwebtext_gpt2'
 init_from = 'gpt2-large'
 chunks = '1-4-1-4-1-4-1-4-1-4-1-4-1-4-1'
 phi = 'moe_share'
@@ -15,8 +14,5 @@ router = 'linear'
 router_weights = 'softmax'
 tau = 1.0
 max_steps = 10_000
-learning_rate = 1e-3
-warmup = 0.1
-batch_size = 512
 micro_batch = 4
 seed = 1338  # other batches than phase one

@@ -5,15 +5,11 @@
 # peak of 8 A100.
 
 out_dir = 'out/mom_8l_k2h4s'
-data_dir = 'data/openwebtext_gpt2'
 init_from = 'out/gpt2_8l'
 chunks = '1-1-4-1-1'
 K = 2
 H = 4
 skip = True
 max_steps = 5_000
-learning_rate = 1e-3
-warmup = 0.1
-batch_size = 512
 micro_batch = 16
 seed = 1338  # other batches than phase one

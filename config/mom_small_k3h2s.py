@@ -4,15 +4,11 @@
 # peak of 8 A100. To start from your own phase one: --init_from=out/gpt2_small
 
 out_dir = 'out/mom_small_k3h2s'
-data_dir = 'data/openwebtext_gpt2'
 init_from = 'gpt2'
 chunks = '1-1-4-1-4-1'
 K = 3
 H = 2
 skip = True
 max_steps = 10_000
-learning_rate = 1e-3
-warmup = 0.1
-batch_size = 512
 micro_batch = 16
 seed = 1338  # other batches than phase one

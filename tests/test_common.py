@@ -14,9 +14,11 @@ import torch
 
 import common
 import inputs
+import weights
 from model import GPT, MoMConfig
+from tests import kill
 from tests.test_docs import SCRIPTS
-from tests.test_model import SIZES
+from tests.test_model import SIZES, tiny
 
 
 def load(*argv, **scope):
@@ -322,18 +324,22 @@ def test_atomic_write_keeps_the_old_file(tmp_path):
 
 def test_advice_on_data_names_what_was_meant(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for folder, weights, words in [
+    for folder, source, words in [
             ('data/openwebtext_gpt2', 'scratch', '--dataset=openwebtext --tokenizer=gpt2'),
             ('data/sotu_bytes', 'out/gpt2_demo', '--dataset=sotu --tokenizer=bytes'),
             ('/my data/sotu_gpt2/', 'gpt2', '--dataset=sotu --tokenizer=gpt2'),
             ('data/mine', 'gpt2-medium', '--dataset=FILE.txt --tokenizer=gpt2')]:
         with pytest.raises(ValueError) as error:
-            inputs.read_data(folder, weights)
+            inputs.read_data(folder, source)
         command = f'python {common.ROOT}/prepare.py {words} ' + shlex.quote(f'--out_dir={folder}')
         assert str(error.value).startswith(
             f'no data in {folder} (no meta.json): make it with {command}')
     torch.save(dict(model={}, model_config={}, meta=dict(tokenizer='bytes')), 'bytes.pt')
-    assert '--tokenizer=bytes' in inputs.prepare_command('data/mine', 'bytes.pt')
+    weights.write_folder(GPT(tiny(vocab_size=257)), inputs.tokenizer('bytes'), 'hf')
+    for source in 'bytes.pt', 'hf':
+        assert '--tokenizer=bytes' in inputs.prepare_command('data/mine', source)
+    kill.write_data('data/mine', 2000)  # whole: no advice, and no need to open what will be trained
+    assert inputs.read_data('data/mine', __file__)['val_tokens'] == 200
 
 
 @pytest.mark.parametrize('name', ['sotu_bytes', 'mine'])

@@ -1,5 +1,4 @@
 """prepare.py as a user runs it, on small files, and its functions on text made to break them."""
-import contextlib
 import errno
 import gzip
 import json
@@ -637,21 +636,8 @@ class Run:
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True,
                                         start_new_session=True)
         self.pipe = open(tmp_path / 'a.txt', 'w')
-        # More than the pipe holds: at the end of this the workers are there.
         self.pipe.write('word ' * 800_000)
         self.pipe.flush()
-
-    def workers(self):
-        """Their process ids, once they are there."""
-        while True:
-            ps = ['ps', '-A', '-ww', '-o', 'pid=,ppid=,args=']
-            listed = subprocess.run(ps, capture_output=True, text=True)
-            rows = [line.split(None, 2) for line in listed.stdout.splitlines()]
-            found = [int(pid) for pid, parent, args in rows
-                     if int(parent) == self.process.pid and 'spawn_main' in args]
-            if found:
-                return found
-            assert self.process.poll() is None
 
     def ends(self):
         self.pipe.close()
@@ -672,17 +658,6 @@ def test_ctrl_c_is_one_sentence_and_leaves_all_as_it_was(whom, tmp_path):
     assert told == (f'prepare.py: stopped. {tmp_path}/out is as it was before; '
                     'the same command begins anew')
     check(tmp_path / 'out', DOCUMENTS)
-
-
-def test_a_worker_that_dies_is_one_sentence(tmp_path):
-    running = Run(tmp_path)
-    os.kill(running.workers()[0], signal.SIGKILL)
-    with contextlib.suppress(BrokenPipeError):
-        running.pipe.write('word ' * 2_000_000)
-    status, told = running.ends()
-    want = 'prepare.py: error: a worker process was killed.*--workers=1'
-    assert status == 1 and re.match(want, told), told
-    assert files(tmp_path / 'out') == []
 
 
 def test_a_second_run_does_not_enter_the_folder(tmp_path):

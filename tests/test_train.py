@@ -437,3 +437,11 @@ def test_bad_settings(text, phase_one, tmp_path, monkeypatch):
             ([old, '--overwrite=True', '--beta2=1'], 'beta2=1.0 must be at least 0'),
             ([*TINY, file], 'last.pt is a file, where a folder has to be')]:
         assert message in one_sentence(run(f'--data_dir={text}', *args, fails=True))
+
+
+def test_a_run_goes_on_with_its_own_data_alone(phase_one, tmp_path):
+    state = last(phase_one)
+    for meta in ({**state['meta'], 'train_sha256': 'of another text'}, {}):
+        torch.save({**state, 'meta': meta}, tmp_path / 'last.pt')
+        refusal = one_sentence(run(f'--out_dir={tmp_path}', '--init_from=resume', fails=True))
+        assert f'is not the data that the run in {tmp_path} was trained on' in refusal
