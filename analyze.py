@@ -11,14 +11,13 @@ step, transitions between modules (Figure 6), SKIP by step, token and position, 
 (report.py draws them). analysis.json says how far the routes depend on the token:
 
 - off the commonest: the share of tokens that take another route through a chunk than most;
-- information: what a token says about its route, in bits, and what its position says. Few samples
-  look like information; so the scale is that of 0 for the mean of five random pairings of tokens
-  and routes, and of the entropy of the routes for a token that decides all (adjusted mutual
-  information);
+- information: what a token says about its route, in bits, and what its position says. With few
+  samples chance looks like information; so 0 is the mean of five random pairings of tokens and
+  routes, and the most is the entropy of the routes (adjusted mutual information);
 - loss: as it is; with the routes, weights included, exchanged at random between all tokens, or
   between occurrences of the same token; and with every decision frozen to its commonest choice, at
   the mean weights of those who chose it. If routes did not matter, all would be equal; if the token
-  alone decided them, the exchange between equals were free.
+  alone decided them, the exchange between equals would cost nothing.
 
 A route is what a token selects in all the steps of one chunk, of attention modules (A) or of
 feed-forward modules (F).

@@ -32,7 +32,8 @@ install ctranslate2. What MoM reads is counted of the texts: with beams, of the 
 Peak memory is torch's on a GPU, weights and optimizer included; on the CPU it is the process's,
 until the first model has run twice. The result is one JSON object: mode, machine, and the rows of
 the table ('runs' in runs, else 'rows'); train, forward and decode add 'ratios', of the first row to
-each other, and 'trace' with --profile=True. It is the last line on stdout; in a terminal, a file.
+each other, and 'trace' with --profile=True. It is the last line on stdout; in a terminal it goes to
+out_dir/MODE.json.
 """
 import dataclasses
 import datetime

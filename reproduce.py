@@ -16,7 +16,7 @@ How it is compared. Phase two starts from the same phase one and sees the same b
 order for as many steps, under the same schedule. The baseline is the vanilla model continued for as
 many steps (the paper's GPT-2 row has seen fewer than MoM's), and beside it one continued for as
 many training FLOPs: its loss is interpolated, by the parabola over the logarithm of the FLOPs,
-between continuations of three lengths, each with its own schedule. The peak learning rate of phase
+through the nearest three of its continuations, each with its own schedule. The peak rate of phase
 two is tuned on the first seed for each family: the vanilla continuation, routers that begin at the
 layers, and all others; one cell of each finds the rate. What begins from scratch takes phase one's.
 Seeds of phase two share one phase one, but for those that are compared with what is from scratch.

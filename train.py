@@ -9,7 +9,7 @@
 
 The defaults are the paper's recipe (section 4.1). Any setting: in a config file, or as --key=value.
 Settings of the model are the fields of MoMConfig (model.py), except vocab_size, which comes from
-the data. Of weights that are loaded, what is not given stays as it is.
+the data. One that is not given is that of the weights that the run starts from.
 """
 import csv
 import importlib.util
