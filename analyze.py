@@ -67,29 +67,20 @@ PROMPT, SAMPLE = 48, 300  # tokens of the sample on the page: what is given, wha
 
 # ----------------------------------------------------------------------------- text
 
-def token_bytes(tokenizer, i):
-    """The bytes of one token; of an id that is padding of the vocabulary, none."""
-    if i >= tokenizer.n_vocab:
-        return b''
-    if i == tokenizer.eot_token:
-        return common.EOT.encode()
-    return bytes((i,)) if tokenizer.name == 'bytes' else tokenizer.decode_single_token_bytes(i)
-
-
 def token_texts(tokenizer, ids):
     """Ids -> their texts, which together are the text.
 
     A character that spans tokens belongs to the last of them.
     """
     decoder = codecs.getincrementaldecoder('utf-8')('replace')
-    return [decoder.decode(token_bytes(tokenizer, i)) for i in ids]
+    return [decoder.decode(tokenizer.decode_single_token_bytes(i)) for i in ids]
 
 
 def kind_of(before, raw):
     """What kind of token the bytes `raw` are after the text `before`: an index of KINDS."""
     text = raw.decode('utf-8', errors='ignore')
     core = text.strip()
-    if raw and not text or not raw or text == common.EOT:
+    if text in ('', common.EOT):
         return 5
     if not core:
         return 0
@@ -134,7 +125,8 @@ def texts_and_kinds(tokenizer, idx, before):
     for ids, lead in zip(idx[:, :-1].tolist(), before):
         its = ['', *token_texts(tokenizer, [*lead, *ids])][len(lead):]  # one more: what is before
         texts += its[1:]
-        kinds += [kind_of(one, token_bytes(tokenizer, i)) for one, i in zip(its, ids)]
+        kinds += [kind_of(one, tokenizer.decode_single_token_bytes(i))
+                  for one, i in zip(its, ids)]
     return texts, np.array(kinds)
 
 
@@ -341,27 +333,22 @@ SAME = ('data_dir', 'init_from', 'seed', 'batch_size', 'block_size')
 def read_run(folder):
     """A run of train.py -> a dict: what it is, and what its log.csv says. Losses in nats per token.
 
-    Raises ValueError if it has no log or no finished steps.
+    Raises ValueError if it has no log, no finished steps or no checkpoint.
     """
     steps, val = common.read_log(folder)
-    speed = [float(row['tokens_per_s']) for row in steps if row.get('tokens_per_s')]
-    bits = [float(row['val_bits_per_byte']) for row in val if row.get('val_bits_per_byte')]
-    run = dict(folder=folder, name=common.run_name(folder), steps=int(steps[-1]['step']),
-               train=[(int(row['step']), float(row['loss'])) for row in steps],
-               validation=[(int(row['step']), float(row['val_loss'])) for row in val],
-               bits=bits and [bits[0], bits[-1]], speed=speed and float(np.median(speed)),
-               vanilla=False, assembly='', parameters=None, mflops=None, same=None)
-    if not any(os.path.isfile(os.path.join(folder, file)) for file in ('best.pt', 'last.pt')):
-        return run  # a log alone
     checkpoint = load_checkpoint(folder)
     cfg = MoMConfig(**checkpoint['model_config'])
     with torch.device('meta'):  # enough to count with
         model = GPT(cfg)
-    measured = [float(val[-1][key]) for key in ('k_a', 'k_f') if val[-1].get(key)]
-    flops = model.flops_per_token(cfg.block_size, *measured)
+    flops = model.flops_per_token(cfg.block_size, float(val[-1]['k_a']), float(val[-1]['k_f']))
     same = {key: checkpoint.get('settings', {}).get(key) for key in SAME}
-    return run | dict(vanilla=cfg.vanilla, assembly=assembly(cfg), same=same,
-                      parameters=model.num_params()[0], mflops=flops / 1e6)
+    return dict(folder=folder, name=common.run_name(folder), steps=int(steps[-1]['step']),
+                train=[(int(row['step']), float(row['loss'])) for row in steps],
+                validation=[(int(row['step']), float(row['val_loss'])) for row in val],
+                bits=[float(row['val_bits_per_byte']) for row in (val[0], val[-1])],
+                speed=float(np.median([float(row['tokens_per_s']) for row in steps])),
+                vanilla=cfg.vanilla, assembly=assembly(cfg), same=same,
+                parameters=model.num_params()[0], mflops=flops / 1e6)
 
 
 def assembly(cfg):
@@ -383,7 +370,7 @@ def read_runs(names, folder):
     runs, here = [read_run(one) for one in folders], os.path.realpath(folder)
     own = [one for one in runs if os.path.realpath(one['folder']) == here]
     if not own:
-        with suppress(ValueError):  # it has no log, or no finished steps
+        with suppress(ValueError):  # it has no log, no finished steps or no checkpoint
             own = [read_run(folder)]
             runs += own
     return runs, own[0] if own else None
@@ -424,7 +411,7 @@ def main():
     if not (data or text or os.path.isfile(os.path.join(source, 'config.json'))):
         data = load_checkpoint(source).get('settings', {}).get('data_dir', '')
     idx, before = read_ids(tokenizer, cfg.block_size, data)
-    home = source if os.path.isdir(source) else os.path.dirname(source)
+    home = source if os.path.isdir(source) else os.path.dirname(source) or '.'
     runs, own = read_runs(curves, home)
     base = find_base(runs, own)
     folder = common.results_folder(out_dir or os.path.join(home, 'routes'))
@@ -455,7 +442,8 @@ def main():
     is_bytes = tokenizer.name == 'bytes'
     strokes = is_bytes & (kinds == KINDS.index('word begins'))
     name = common.run_name(source)
-    read = os.path.basename(text) or f'the validation text in {os.path.basename(data)}'
+    place = os.path.basename(os.path.abspath(data))
+    read = os.path.basename(text) or f'the validation text in {place}'
     start = report.introduction(cfg, name, assembly(cfg), read, numbers['tokens'])
     hint = report.hint(any(one['has_skip'] for one in chunks), is_bytes)
     shown = report.coloured(texts[:page], strokes, idx.shape[1] - 1, named, chunks)

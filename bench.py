@@ -24,8 +24,8 @@ decode reports the whole call (prompt and all new tokens), the first token, and 
 the time of a further token. No text ends early: all rows get `new` tokens. --ragged=True gives the
 rows of a batch prompts of different lengths, --beams=4 has all libraries search with beams, and
 --top_p=0.9 or --top_k=200 adds the model as it samples, at temperature 1. If it compares with
-transformers ('hf') or CTranslate2 ('ct2', or 'ct2_int8' with weights of 8 bits), all GPT-2s have
-the same weights, and "same text" counts the rows that come out as ours do: all, but for near ties.
+transformers ('hf') or CTranslate2 ('ct2'), all GPT-2s have the same weights, and "same text" counts
+the rows that come out as ours do: all, but for near ties.
 CTranslate2 never writes the last id, which ends a text there. It is needed for nothing else: pip
 install ctranslate2. What MoM reads is counted of the texts: with beams, of the best.
 
@@ -68,8 +68,8 @@ k_a = 0.0              # table1: attention modules per token and step of the MoM
 k_f = 0.0              # table1: feed-forward modules likewise
 measure = False        # table1: run a cached prefill of each model and measure its memory
 weights = ''           # a run's directory, a GPT-2, a Hugging Face directory; '' is random
-compare = ''           # 'hf', 'vanilla', in decode 'ct2', 'ct2_int8'; several with commas
-hf_dtype = ''          # decode: of transformers' weights, 'float32' or 'bfloat16'; '' is dtype
+compare = ''           # 'hf', 'vanilla', in decode 'ct2'; several with commas
+hf_dtype = ''          # decode: of the libraries' weights, 'float32' or 'bfloat16'; '' is dtype
 profile = False        # train, forward, decode: the operators that take longest, and a trace
 out_dir = 'out/bench'  # where the trace goes, and in a terminal the JSON
 # --- how much
@@ -110,7 +110,7 @@ def model_settings(values):
 def arguments():
     """The command line, with --key=value for what counts here of its config files."""
     for arg in sys.argv[1:]:
-        if not arg.endswith('.py') or not os.path.isfile(arg):  # a missing one: load has a sentence
+        if not arg.endswith('.py'):
             yield arg
             continue
         values = FILES[arg] = common.read_file(arg)
@@ -284,7 +284,7 @@ def runs():
         model = on_meta(cfg)
         n_params, n_router = model.num_params()
         flops = model.flops_per_token(cfg.block_size, float(last['k_a']), float(last['k_f']))
-        speed = [float(row['tokens_per_s']) for row in log if row['tokens_per_s']]
+        speed = statistics.median(float(row['tokens_per_s']) for row in log)
         rows.append({
             'run': os.path.basename(os.path.normpath(folder)), 'chunks': cfg.chunks,
             'assembly': cfg.assembly, 'depth': cfg.depth,
@@ -292,7 +292,7 @@ def runs():
             'active MFLOPs/token': round(flops / 1e6, 2), 'steps': step,
             'bits/byte before': round(float(first['val_bits_per_byte']), 3),
             'bits/byte after': round(float(last['val_bits_per_byte']), 3),
-            'tokens/s': round(statistics.median(speed)) if speed else 0})
+            'tokens/s': round(speed)})
     return rows
 
 
@@ -300,8 +300,6 @@ def read_run(folder):
     """A run's MoMConfig, its step, and of its log the rows of steps and of validations."""
     checkpoint = load_checkpoint(os.path.join(folder, 'last.pt'))
     log, val = common.read_log(folder)
-    if 'step' not in checkpoint:
-        raise ValueError(f'{folder} is no run of train.py: name another')
     return MoMConfig(**checkpoint['model_config']), checkpoint['step'], log, val
 
 
@@ -319,8 +317,8 @@ PAPER = {  # config file, and for small, medium and large the paper's TFLOPs and
 
 def table1():
     """The cost columns of the paper's Table 1, ours beside the paper's."""
-    if length > 1024 or not size:
-        raise ValueError(f'length={length} must be at most 1024, and size={size!r} name a size')
+    if length > 1024:
+        raise ValueError(f'length={length} must be at most 1024')
     rates = {}
     for cfg, _, _, val in map(read_run, filter(None, of.split(','))):
         if cfg.assembly not in ('K3H1S', 'K3H2S', 'K2H6S'):
@@ -402,8 +400,8 @@ def measured_gib(cfg, B, T):
 # ----------------------------------------------------------------------- train, forward, decode
 
 LABELS = {'sampled': 'the same, sampling', 'vanilla': 'GPT-2, ours', 'hf': 'GPT-2, transformers',
-          'ct2': 'GPT-2, CTranslate2', 'ct2_int8': 'GPT-2, CTranslate2 in int8'}
-PEERS = ('hf', 'ct2', 'ct2_int8')  # which read the same files
+          'ct2': 'GPT-2, CTranslate2'}
+PEERS = ('hf', 'ct2')  # which read the same files
 
 
 def passes():
@@ -474,7 +472,8 @@ def decode():
             if name in ('model', 'sampled'):
                 decisions = decisions_of(model, text[:, :-1])
             bare = on_meta(cfg)
-            read = weights_read(bare, cfg, decisions, starts, bytes_of_weight(name))
+            width = getattr(torch, hf_dtype if name in PEERS and hf_dtype else dtype).itemsize
+            read = weights_read(bare, cfg, decisions, starts, width)
             megabytes[name] = round(read / 1e6, 3)
             taken = modules_per_token([] if ragged else decisions)  # padding is not to count
             rows[name] = start_row(name, bare, taken, peak, first)
@@ -575,8 +574,8 @@ def say_what(cfg, *work):
 
 def build(name, cfg, loaded=None, source=''):
     """A model to time, on the device: 'model', or one of LABELS. source: weights of GPT-2s."""
-    if name in ('ct2', 'ct2_int8'):
-        return build_ct2(source, 'int8' if name == 'ct2_int8' else hf_dtype or dtype)
+    if name == 'ct2':
+        return build_ct2(source)
     if name == 'hf':
         model = transformers_gpt2(cfg, source)
     elif name == 'model' and loaded:
@@ -600,17 +599,17 @@ def build(name, cfg, loaded=None, source=''):
     return model
 
 
-def import_peer(name, install):
-    """A library that is compared. Raises ValueError if it is missing."""
+def need_peer(name, install):
+    """Raises ValueError if a library that is compared is missing."""
     try:
-        return importlib.import_module(name)
+        importlib.import_module(name)
     except ImportError as error:
         raise ValueError(f'--compare={compare} needs {name}: pip install {install}') from error
 
 
 def transformers_gpt2(cfg, source=''):
     """Their GPT-2 of our MoMConfig: with weights from the folder `source`, else random."""
-    transformers = import_peer('transformers', '-r requirements-dev.txt')
+    import transformers
     transformers.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     if source:
@@ -651,22 +650,20 @@ for line in sys.stdin:
 '''
 
 
-def build_ct2(source, wanted):
-    """CTranslate2's GPT-2 of the folder `source`, in fp32 if it has not the wanted type.
+def build_ct2(source):
+    """CTranslate2's GPT-2 of the folder `source`.
 
     It runs in a process of its own, which is returned. In torch's it makes torch's steps 40%
     longer: the threads of both are more than the cores, and torch's sleep where they else wait.
     """
-    ctranslate2 = import_peer('ctranslate2', 'ctranslate2')
-    where = 'cuda' if on_cuda else 'cpu'
-    kind = wanted if wanted in ctranslate2.get_supported_compute_types(where) else 'float32'
+    import ctranslate2
     converter = ctranslate2.converters.TransformersConverter(source)
     process = subprocess.Popen([sys.executable, '-c', CT2], stdin=subprocess.PIPE,
                                stdout=subprocess.PIPE, text=True)
     with tempfile.TemporaryDirectory() as folder:
         converter.convert(folder, force=True)
-        ask(process, model_path=folder, device=where, compute_type=kind,
-            intra_threads=torch.get_num_threads())
+        ask(process, model_path=folder, device='cuda' if on_cuda else 'cpu',
+            compute_type=hf_dtype or dtype, intra_threads=torch.get_num_threads())
     return process
 
 
@@ -677,12 +674,6 @@ def ask(process, **what):
     if not answer:
         raise ValueError('CTranslate2 ended without an answer: what it said stands above')
     return json.loads(answer)
-
-
-def bytes_of_weight(name):
-    if name.startswith('ct2'):  # see build_ct2
-        return 1 if name == 'ct2_int8' else 4
-    return getattr(torch, name == 'hf' and hf_dtype or dtype).itemsize
 
 
 def one_pass(model, name, x, y, training):
@@ -713,7 +704,7 @@ def write(model, name, x, n, lengths=None):
     """n new tokens after the rows of x (B, T), padded on the right if of different lengths (B,) ->
     (B, T + n), rows of transformers padded on the left; of CTranslate2 lists of the new ones."""
     ends = x.new_full(x.shape[:1], x.size(1)) if lengths is None else lengths
-    if name.startswith('ct2'):
+    if name == 'ct2':
         texts = [[str(i) for i in row[:end]] for row, end in zip(x.tolist(), ends.tolist())]
         return ask(model, start_tokens=texts, max_length=n, min_length=n, beam_size=beams,
                    include_prompt_in_result=False)
@@ -730,7 +721,7 @@ def write(model, name, x, n, lengths=None):
 
 def new_tokens(text, name, x, n, lengths=None):
     """The new tokens of each row (B, n) in what `write` gave."""
-    if name.startswith('ct2'):
+    if name == 'ct2':
         new = torch.tensor(text, device=x.device)
     elif name == 'hf' or lengths is None:
         new = text[:, x.size(1):]
@@ -741,7 +732,8 @@ def new_tokens(text, name, x, n, lengths=None):
 
 
 def first_calls(calls, before, name):
-    """Seconds of the first call of the last; then one of each, for their peak memory in bytes."""
+    """The last one is called, then each of them -> seconds of that first call, and of the others
+    the peak memory in bytes, less `before`; None where it is not counted."""
     first = timed(calls[-1])
     if on_cuda:
         torch.cuda.reset_peak_memory_stats(device)
@@ -808,26 +800,21 @@ def route_rows(cfg):
                  for i, o in ((C, 3 * C), (C, C), (C, 4 * C), (4 * C, C))]
         qkv = torch.randn(3, B, cfg.n_head, T, C // cfg.n_head, dtype=real, requires_grad=True)
 
-    def routed():
-        with autocast:
-            return [chunk(x)[0]]
-
     def routers():
         return [router(x.view(-1, C), None, 0)[0] for router in (chunk.router_a, chunk.router_f)]
 
-    works = {'dense': lambda: [rows @ W for rows, W in dense], 'routed': routed,
+    works = {'dense': lambda: [rows @ W for rows, W in dense],
+             'routed': partial(assembled, chunk, x),
              'attention': lambda: [F.scaled_dot_product_attention(*qkv, is_causal=True)],
              'routers': routers}
     leaves = [x, qkv, *chunk.parameters(), *itertools.chain(*dense)]
     with torch.no_grad(), autocast:
         decisions = chunk(x)[1]
-    taken = modules_per_token([decisions])
     shares = torch.stack([d.ids.flatten().bincount(minlength=d.N) / tokens for d in decisions])
     for direction, calls in directions(works, leaves):
         ms = milliseconds(calls, warm_up=2)
         rest = ms['routed'] - ms['attention'] - ms['routers']
         yield {'passes': direction, 'N': decisions[0].N, 'K': cfg.K,
-               'k_a': taken[0], 'k_f': taken[1],
                'idlest': rounded(shares.min().item()), 'busiest': rounded(shares.max().item()),
                **{f'{name} ms': round(t, 2) for name, t in ms.items()},
                'efficiency': round(ms['dense'] / ms['routed'], 3),
@@ -838,6 +825,12 @@ def directions(works, leaves):
     """[(name, calls)]: functions of `works` as they are, and each with its backward pass."""
     return [('forward', {name: torch.no_grad()(call) for name, call in works.items()}),
             ('both', {name: with_backward(call, leaves) for name, call in works.items()})]
+
+
+def assembled(chunk, x):
+    """A chunk's output for x, as a list of one: what with_backward takes."""
+    with autocast:
+        return [chunk(x)[0]]
 
 
 def with_backward(forward, leaves):
@@ -866,12 +859,7 @@ def ablate_chunk(cfg):
     apart.S = 0
     variants = {'as it is': whole, 'q, k, v not merged': apart,
                 'not grouped: all modules for all tokens': every_module(cfg)}
-
-    def run(chunk):
-        with autocast:
-            return [chunk(x)[0]]
-
-    works = {name: partial(run, chunk) for name, chunk in variants.items()}
+    works = {name: partial(assembled, chunk, x) for name, chunk in variants.items()}
     leaves = [x, *itertools.chain(*(chunk.parameters() for chunk in variants.values()))]
     for direction, calls in directions(works, leaves):
         yield from times(direction, milliseconds(calls, warm_up=1))
@@ -928,17 +916,12 @@ def scale():
     for key, values in other.items():
         points |= {f'{key} = {value}': base | {key: value} for value in values}
     calls, flops = {}, {}
-
-    def run(chunk, x):
-        with autocast:
-            return [chunk(x)[0]]
-
     for name, p in points.items():
         cfg = MoMConfig(chunks=str(p['N']), K=p['K'], H=p['H'], skip=False, n_embd=p['C'],
                         n_head=max(1, p['C'] // 64), block_size=p['T'], vocab_size=1)
         chunk = GPT(cfg).to(device).chunks[0]
         x = torch.randn(1, p['T'], p['C'], device=device, requires_grad=True)
-        calls[name] = with_backward(partial(run, chunk, x), [x, *chunk.parameters()])
+        calls[name] = with_backward(partial(assembled, chunk, x), [x, *chunk.parameters()])
         head = 2 * p['C']
         flops[name] = p['T'] * (on_meta(cfg).flops_per_token(p['T']) - head)
     ms = milliseconds(calls, warm_up=1)
@@ -1027,7 +1010,7 @@ AT_LEAST = dict(micro_batch=1, length=1, prompt=1, tokens=1, repeats=1, batch=0,
                 k_a=0, k_f=0, beams=1, top_k=0,
                 new=2)  # the first new token comes out of the prompt's pass
 KNOWN = dict(dtype='auto bfloat16 float32', hf_dtype='bfloat16 float32', size='small medium large',
-             compare='hf vanilla' + ' ct2 ct2_int8' * (mode == 'decode'))
+             compare='hf vanilla' + ' ct2' * (mode == 'decode'))
 
 
 def check():
@@ -1039,7 +1022,7 @@ def check():
     if FILES and mode not in with_files:
         raise ValueError(f'{[*FILES][0]}: config files go with {", ".join(with_files)}, '
                          f'not with {mode}')
-    for key in sorted(given - takes[mode] - EVERYWHERE - {'micro_batch' if FILES else 'mode'}):
+    for key in sorted(given - takes[mode] - EVERYWHERE - ({'micro_batch'} if FILES else set())):
         fitting = ', '.join(name for name in MODES if key in takes[name])
         raise ValueError(f'--{key} does nothing in {mode}: it goes with {fitting}')
     for path, values in FILES.items():
@@ -1052,9 +1035,9 @@ def check():
         if settings[key] < least:
             raise ValueError(f'{key}={settings[key]} must be at least {least}')
     for key, known in KNOWN.items():
-        several, may_be_empty = key in ('compare', 'size'), key in ('compare', 'size', 'hf_dtype')
-        if may_be_empty and not settings[key]:
+        if key in ('compare', 'hf_dtype') and not settings[key]:
             continue
+        several = key in ('compare', 'size')
         for value in settings[key].split(',') if several else [settings[key]]:
             if value not in known.split():
                 raise ValueError(f'{key}={settings[key]!r}: {value!r} is none of '
@@ -1066,9 +1049,9 @@ def check():
         raise ValueError(f'ragged=True needs rows that can differ, not batch={batch}: '
                          'add --batch=8')
     if 'hf' in compare or 'ct2' in compare:
-        import_peer('transformers', '-r requirements-dev.txt')
+        need_peer('transformers', '-r requirements-dev.txt')
     if 'ct2' in compare:
-        import_peer('ctranslate2', 'ctranslate2')
+        need_peer('ctranslate2', 'ctranslate2')
 
 
 check()
@@ -1077,11 +1060,8 @@ on_gpu, on_cuda = device != 'cpu', device.startswith('cuda')
 for_person = sys.stdout.isatty()
 if for_person or profile:
     out_dir = common.results_folder(out_dir)
-if dtype == 'auto':  # Table 1 is counted in fp32
-    faster = on_gpu and mode not in ('runs', 'table1')
-    dtype = common.find_dtype('auto', device) if faster else 'float32'
-    if mode == 'saved':
-        dtype = 'bfloat16'
+fixed = {'runs': 'float32', 'table1': 'float32', 'saved': 'bfloat16'}
+dtype = common.find_dtype(fixed.get(mode, dtype), device)
 real = getattr(torch, dtype)
 autocast = torch.autocast(device.split(':')[0], torch.bfloat16,
                           enabled=dtype != 'float32' and mode != 'decode')

@@ -389,7 +389,7 @@ def read_log(folder):
     with open(path, newline='', errors='replace') as f:
         whole = [line for line in f if line.endswith('\n') and '\0' not in line]  # no half a line
     rows = list(csv.DictReader(whole))
-    steps, val = [row for row in rows if row['loss']], [row for row in rows if row['val_loss']]
+    steps, val = ([row for row in rows if row.get(key)] for key in ('loss', 'val_loss'))
     if not steps or not val:
         raise ValueError(f'{folder} has no finished steps yet: resume that run, or name another')
     return steps, val

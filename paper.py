@@ -112,7 +112,7 @@ FIG3 = [  # loss less that of all modules: down N_F = 1, 2, 3, 4, across N_A = 1
 
 
 def losses_of(size):
-    """The last column of TABLE1, for one size."""
+    """The losses of TABLE1, for one size."""
     return [line[2 + SIZES.index(size)] for line in TABLE1]
 
 

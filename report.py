@@ -308,20 +308,13 @@ def conclusion(own, base):
     """What a comparison with the vanilla run on the same batches comes to: two sentences, or ''."""
     if not base or own['steps'] != base['steps']:
         return ''
-    (a, b), unit = last_losses(own, base)
+    a, b = own['bits'][1], base['bits'][1]
     where = f'{abs(a - b):.3f} {"below" if a < b else "above"}'
     times = own['mflops'] / base['mflops']
-    return (f'After {own["steps"]:,} steps on the same batches {own["name"]} is at {a:.3f} {unit}, '
-            f'{where} vanilla ({base["name"]}, {b:.3f}). A token costs it {own["mflops"]:.2f} '
-            f'MFLOPs, {times:.2f} times the {base["mflops"]:.2f} of vanilla: the steps are equal '
-            'here, the cost is not.')
-
-
-def last_losses(*runs):
-    """The last validation losses of runs and their unit: bits per byte, where all logs have it."""
-    if all(one['bits'] for one in runs):
-        return [one['bits'][1] for one in runs], 'bits per byte'
-    return [one['validation'][-1][1] for one in runs], 'nats per token'
+    return (f'After {own["steps"]:,} steps on the same batches {own["name"]} is at {a:.3f} '
+            f'bits per byte, {where} vanilla ({base["name"]}, {b:.3f}). A token costs it '
+            f'{own["mflops"]:.2f} MFLOPs, {times:.2f} times the {base["mflops"]:.2f} of vanilla: '
+            'the steps are equal here, the cost is not.')
 
 
 def write_page(folder, name, sections, colours):
@@ -357,18 +350,16 @@ def table(rows, left=1):
 
 
 def runs_table(runs):
-    """The runs, a row each. What a run does not say stays empty."""
+    """The runs, a row each."""
     if not runs:
         return ''
-    bits = all(one['bits'] for one in runs)
     rows = [['run', 'model', 'parameters', 'MFLOPs per token', 'steps',
-             f'{"bits/byte" if bits else "nats/token"} before', 'after', 'tokens/s']]
+             'bits/byte before', 'after', 'tokens/s']]
     for one in runs:
-        losses = one['bits'] if bits else [one['validation'][i][1] for i in (0, -1)]
-        cells = [('{:,}', one['parameters']), ('{:.2f}', one['mflops']), ('{:,}', one['steps']),
-                 ('{:.3f}', losses[0]), ('{:.3f}', losses[1]), ('{:,.0f}', one['speed'])]
-        rows.append([one['name'], one['assembly']])
-        rows[-1] += [form.format(value) if value else '' for form, value in cells]
+        before, after = one['bits']
+        rows.append([one['name'], one['assembly'], f'{one["parameters"]:,}',
+                     f'{one["mflops"]:.2f}', f'{one["steps"]:,}', f'{before:.3f}', f'{after:.3f}',
+                     f'{one["speed"]:,.0f}'])
     return table(rows, left=2)
 
 

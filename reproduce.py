@@ -33,7 +33,6 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import fields
 
 import matplotlib
 import numpy as np
@@ -86,10 +85,9 @@ def unique(items):
 
 def on_meta(model):
     """The GPT of a cell's settings, without memory for its weights."""
-    shape = {field.name: model[field.name] for field in fields(MoMConfig) if field.name in model}
-    shape |= dict(block_size=S['block_size'], vocab_size=VOCABULARY[S['tokenizer']])
+    shape = dict(block_size=S['block_size'], vocab_size=VOCABULARY[S['tokenizer']])
     with torch.device('meta'):
-        return GPT(MoMConfig(**shape))
+        return GPT(MoMConfig(**model | shape))
 
 
 for key, known in (('scale', paper.SCALES), ('size', paper.SIZES), ('ratio', paper.RATIOS)):
@@ -250,10 +248,10 @@ def finished(run):
     Its results are then in records, and in `keep`. Raises ValueError if there is a run with other
     settings or of another text.
     """
+    if trained(run):
+        return True
     want = asked(run)
-    if not want or trained(run):
-        return bool(want)
-    if not keep or not os.path.exists(kept(run, '.json')):
+    if not want or not keep or not os.path.exists(kept(run, '.json')):
         return False
     with open(kept(run, '.json'), encoding='utf-8') as f:
         one = json.load(f)
@@ -265,37 +263,30 @@ def finished(run):
 def trained(run):
     """Whether a run is finished and has its weights here, whatever `keep` has."""
     want = asked(run)
-    found = want and read_folder(run, want)
-    if found:
-        records[run] = found
-    return bool(found)
-
-
-def read_folder(run, want):
-    """The results of a run from its folder; None if it is not finished."""
-    if not os.path.exists(folder(run, 'last.pt')):
-        return None
+    if not want or not os.path.exists(folder(run, 'last.pt')):
+        return False
     saved = load_checkpoint(folder(run, 'last.pt'))
     refuse_another(folder(run), want, saved['settings'], saved['meta']['train_sha256'])
     if saved['step'] < want['max_steps']:
-        return None
+        return False
     log = log_of(run)
     if not any(row['val_loss'] and int(row['step']) == want['max_steps'] for row in log):
-        return None  # it was stopped in its last evaluation
-    found = result_of(run, saved, log)
+        return False  # it was stopped in its last evaluation
+    records[run] = result_of(run, saved, log)
     if keep and not os.path.exists(kept(run, '.json')):
-        write_kept(run, want, saved, found)
-    return found
+        write_kept(run, want, saved)
+    return True
 
 
-def write_kept(run, want, saved, found):
+def write_kept(run, want, saved):
     """Its log, and then its result with all that says what was run."""
     portable = {key: value for key, value in want.items() if key != 'data_dir'}
     portable['init_from'] = os.path.join(*want['init_from'].split(os.sep)[-2:])  # folders may move
     day = time.gmtime(os.path.getmtime(folder(run, 'last.pt')))
     one = dict(settings=portable, model_config=saved['model_config'],
                train_sha256=saved['meta']['train_sha256'], source=saved['meta'].get('source'),
-               torch=saved.get('torch'), finished=time.strftime('%Y-%m-%d', day), result=found)
+               torch=saved.get('torch'), finished=time.strftime('%Y-%m-%d', day),
+               result=records[run])
     with open(folder(run, 'log.csv'), 'rb') as f:
         log = f.read()
     with common.atomic_write(kept(run, '.csv.xz')) as f:
@@ -459,12 +450,13 @@ COLUMNS = ('system', 'seeds', 'loss', 'perplexity', 'bits/byte', 'steps', 'PFLOP
 
 def write_report():
     """results.md, results.json and the figures, in out_dir; with `keep`, there too."""
-    curves = {}
+    drawing = {'fig3': draw_fig3, 'fig4': draw_fig4, 'fig5': draw_fig5, 'starts': draw_starts}
+    drawn = {table: drawing[table]() for table in chosen if table in drawing}
     result = dict(command=common.command('python', *sys.argv), settings=settings,
                   scale=dict(S, rates=rates),
                   rows={table: [numbers_of(row) for row in rows[table]] for table in chosen},
                   claims=[judge_all(claim) for claim in claims if claim.table in chosen],
-                  fig5_curves=curves, failed=failed)
+                  fig5_curves=drawn.get('fig5', {}), failed=failed)
     lines = heading()
     for table in chosen:
         lines += ['', f'## {paper.TITLES[table]}', '', markdown(*COLUMNS), '|' + '---|' * 12]
@@ -473,12 +465,7 @@ def write_report():
     if failed:
         lines += ['', '## Not finished', '']
         lines += [f'- {where}: {why}' for where, why in failed.items()]
-    drawn = {'fig3': draw_fig3, 'fig4': draw_fig4, 'fig5': functools.partial(draw_fig5, curves),
-             'starts': draw_starts}
-    for table in chosen:
-        if table in drawn:
-            drawn[table]()
-            lines.append(f'\n![{table}]({table}.png)')
+    lines += [f'\n![{table}]({table}.png)' for table in drawn]
     for name, body in (('results.md', '\n'.join(lines)),
                        ('results.json', json.dumps(result, indent=1))):
         for where in folders:
@@ -599,8 +586,9 @@ def draw_fig4():
     save_figure(fig, 'fig4')
 
 
-def draw_fig5(curves):
-    """curves: gets what is drawn, a point in 200 of it, as {cell: {key: [x, y]}}."""
+def draw_fig5():
+    """Returns what is drawn, at most 400 points of each curve, as {cell: {key: [x, y]}}."""
+    curves = {}
     fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout='constrained')
     for row in rows['fig5']:
         if not record(row.cell, 1):
@@ -622,6 +610,7 @@ def draw_fig5(curves):
             ax.legend()
     axes[1].set_yscale('log')
     save_figure(fig, 'fig5')
+    return curves
 
 
 def draw_starts():
