@@ -303,9 +303,9 @@ def of_chunk(ds, token, position, kinds, T, rng):
     positions = np.array_split(skip.reshape(len(ds), -1, T).mean((0, 1)), min(8, T))
     return dict(
         N=N, steps=[d.step for d in ds], modules_per_token=float(real.mean()),
-        # A row a module, SKIP last, a column a step.
+        # A row for each module, SKIP last; a column for each step.
         shares=[[float((m >> i & 1).mean()) for m in masks] for i in range(N + 1)],
-        # How loud a module speaks to those that select it; likewise.
+        # The mean weight of a module, over the tokens that select it; likewise.
         mean_weights=[[mean_weight(d, i) for d in ds] for i in range(N)],
         transitions=transitions(masks, N).tolist(), traffic=traffic(masks, N).tolist(),
         distinct_routes=len(names),

@@ -110,7 +110,7 @@ def model_settings(values):
 def arguments():
     """The command line, with --key=value for what counts here of its config files."""
     for arg in sys.argv[1:]:
-        if not arg.endswith('.py'):
+        if arg.startswith('--') or not arg.endswith('.py'):
             yield arg
             continue
         values = FILES[arg] = common.read_file(arg)
@@ -427,7 +427,7 @@ def passes():
     steps = {name: statistics.median(s) for name, s in seconds.items()}
     for name, step in steps.items():
         per_second = (3 if training else 1) * x.numel() / step
-        # in percent, and of what is computed, as train.py's
+        # in percent, of the FLOPs that are computed, as train.py's
         mfu = most and 100 * 1e6 * computed[name] * per_second / most
         rows[name] |= {
             'ms': round(1e3 * step, 2), 'fastest': round(1e3 * seconds[name][0], 2),
@@ -922,7 +922,7 @@ def scale():
         chunk = GPT(cfg).to(device).chunks[0]
         x = torch.randn(1, p['T'], p['C'], device=device, requires_grad=True)
         calls[name] = with_backward(partial(assembled, chunk, x), [x, *chunk.parameters()])
-        head = 2 * p['C']
+        head = 2 * p['C']  # of a vocabulary of 1
         flops[name] = p['T'] * (on_meta(cfg).flops_per_token(p['T']) - head)
     ms = milliseconds(calls, warm_up=1)
     return [{'step': name, **p, 'ms': round(ms[name], 1), 'time': round(ms[name] / ms['base'], 2),
@@ -1042,9 +1042,10 @@ def check():
             if value not in known.split():
                 raise ValueError(f'{key}={settings[key]!r}: {value!r} is none of '
                                  + known.replace(' ', ', '))
-    if not 0 < top_p <= 1 or beams > 1 and (top_k or top_p < 1):
-        raise ValueError(f'top_p={top_p} must be above 0 and at most 1, and top_p and top_k='
-                         f'{top_k} go without beams={beams}')
+    if not 0 < top_p <= 1:
+        raise ValueError(f'top_p={top_p} must be above 0 and at most 1')
+    if beams > 1 and (top_k or top_p < 1):
+        raise ValueError(f'top_k={top_k} and top_p={top_p} go without beams={beams}: leave one out')
     if ragged and batch < 2:
         raise ValueError(f'ragged=True needs rows that can differ, not batch={batch}: '
                          'add --batch=8')

@@ -1,6 +1,6 @@
 """The pictures and the page of analyze.py: page.html, and .png files with their numbers beside.
 
-All of it is drawn from what analyze.analyse and analyze.read_run return; nothing is computed here.
+All of it is drawn from what analyze.analyse and analyze.read_run return; no model runs here.
 The frame of the page, its style and its script are in report.html.
 """
 import html

@@ -317,8 +317,9 @@ def a_run(name, vanilla, losses, **same):
     val = [(100 * n, loss) for n, loss in enumerate(losses)]
     train = [(step, losses[0] if step < 5 else losses[1]) for step in range(1, val[-1][0] + 1)]
     return dict(folder=name, name=name, vanilla=vanilla, assembly=name, parameters=9,
-                steps=val[-1][0], speed=None, mflops=2.0 if vanilla else 3.0, train=train,
-                validation=val, bits=None, same={key: 1 for key in analyze.SAME} | same)
+                steps=val[-1][0], speed=9.0, mflops=2.0 if vanilla else 3.0, train=train,
+                validation=val, bits=[losses[0], losses[-1]],
+                same={key: 1 for key in analyze.SAME} | same)
 
 
 def test_curves_and_what_they_come_to(drawn, tmp_path):
@@ -337,9 +338,9 @@ def test_curves_and_what_they_come_to(drawn, tmp_path):
     assert len(right.lines) == 3 and right.get_title().startswith('difference from vanilla')
     said = report.conclusion(own, base)
     assert 'After 200 steps' in said
-    assert 'mom is at 2.100 nats per token, 0.100 below vanilla' in said
+    assert 'mom is at 2.100 bits per byte, 0.100 below vanilla' in said
     assert '1.50 times the 2.00' in said and report.conclusion(own, None) == ''
-    assert 'bits' not in report.runs_table(runs) and report.draw_curves(tmp_path, [], None) == ''
+    assert report.draw_curves(tmp_path, [], None) == ''
 
 
 def test_the_page_is_in_the_colours_of_its_reader():
@@ -423,8 +424,9 @@ def checkpoint(folder, **kw):
     content = dict(model=model.state_dict(), model_config=asdict(model.cfg),
                    meta=dict(tokenizer='bytes'), settings=dict(data_dir=str(folder / 'data')))
     torch.save(content, folder / 'run' / 'last.pt')
-    (folder / 'run' / 'log.csv').write_text('step,loss,val_loss\n0,,5.5\n' + ''.join(
-        f'{n},{5 - n / 50},\n' for n in range(1, 101)) + '100,,3.25\n')
+    (folder / 'run' / 'log.csv').write_text(
+        'step,loss,tokens_per_s,val_loss,val_bits_per_byte,k_a,k_f\n0,,,5.5,8,1,1\n'
+        + ''.join(f'{n},{5 - n / 50},9,,,,\n' for n in range(1, 101)) + '100,,,3.25,4.7,1,1\n')
     return f'--source={folder / "run"}'
 
 
@@ -486,7 +488,7 @@ def test_a_page_without_skip_does_not_speak_of_it(tmp_path):
     reader.feed(page)
     assert [len(titles) for titles in reader.titles] == [50, 50]
     assert 'K2H3, chunks 1-4-1' in page
-    assert '5.500' in page  # the run itself, though no curves are asked for
+    assert '8.000' in page  # the run itself, though no curves are asked for
 
 
 def test_ctrl_c_is_one_sentence(tmp_path):
