@@ -153,11 +153,13 @@ def test_skip_rates_come_from_the_command_line_or_from_a_run(tmp_path):
     assert rows['MoD']['k_a'] is None and rows['GPT-2']['TFLOPs'] == 2.92
 
 
+@pytest.mark.parametrize('log', ['step,loss,tokens_per_s,val_loss,k_a,k_f\n',
+                                 'step,loss,lr,norm\n1,2.5,0.1,1\n'])  # the second of XSUM
 @pytest.mark.parametrize('mode', ['runs', 'table1'])
-def test_a_run_that_was_stopped_in_its_first_evaluation(mode, tmp_path, monkeypatch):
+def test_a_run_without_an_evaluation_after_a_step(mode, log, tmp_path, monkeypatch):
     torch.save({'model': {}, 'model_config': asdict(MoMConfig(**SHAPE)), 'step': 0},
                tmp_path / 'last.pt')
-    (tmp_path / 'log.csv').write_text('step,loss,tokens_per_s,val_loss,k_a,k_f\n')
+    (tmp_path / 'log.csv').write_text(log)
     with pytest.raises(ValueError, match='has no finished steps yet: resume that run'):
         script(monkeypatch, mode, f'--of={tmp_path}')
 
