@@ -18,7 +18,8 @@ many steps (the paper's GPT-2 row has seen fewer than MoM's), and beside it one 
 many training FLOPs: its loss is interpolated, by the parabola over the logarithm of the FLOPs,
 through the nearest three of its continuations, each with its own schedule. The peak rate of phase
 two is tuned on the first seed for each family: the vanilla continuation, routers that begin at the
-layers, and all others; one cell of each finds the rate. What begins from scratch takes phase one's.
+layers, and all others; one cell of each finds the rate. What begins from scratch takes phase one's,
+which --rate sets.
 Seeds of phase two share one phase one, but for those that are compared with what is from scratch.
 """
 import csv
@@ -61,6 +62,7 @@ data_dir = ''      # where its tokens are, or will be; '' is data/<text>_<tokeni
 seeds = 1          # of phase two, for every cell
 most_seeds = 3     # for rows of Tables 1, 2, routers and axis that end within 0.02 of a baseline
 steps = []         # of phase one and of phase two, such as [1500,1000]; [] is the scale's
+rate = 0.0         # peak of phase one, and of all from scratch; 0 is the scale's
 rates = []         # peaks to choose from in phase two, one is no choice; [] is the scale's
 # --- system
 out_dir = ''       # '' is out/reproduce_<scale>
@@ -99,8 +101,9 @@ if not 1 <= seeds or min(workers, processes) < 0:
 if steps and (len(steps) != 2 or any(type(n) is not int or n < 1 for n in steps)):
     raise ValueError(f'steps={steps} must be two numbers, of phase one and of phase two, such as '
                      '[1500,1000]')
-if any(type(rate) not in (int, float) or rate <= 0 for rate in rates):
-    raise ValueError(f'rates={rates} must be positive numbers, such as [0.002,0.004]')
+if not 0 <= rate < math.inf or any(type(r) not in (int, float) or r <= 0 for r in rates):
+    raise ValueError(f'rate={rate} must be at least 0, and rates={rates} positive numbers, such as '
+                     '[0.002,0.004]')
 
 if 'ratio' in given and scale != 'ratio':
     raise ValueError(f'ratio={ratio} goes with --scale=ratio: add that')
@@ -114,7 +117,7 @@ if scale == 'ratio':  # phase two sees half as many tokens, as the paper's does
     first = round(ratio * n_params / tokens_per_step)
     S['steps'] = [first, round(first / 2)]
 S['steps'] = steps = steps or S['steps']
-rates = unique(rates or S['rates'])
+S['rate'], rates = rate or S['rate'], unique(rates or S['rates'])
 text, workers = text or S['text'], workers or S['workers']
 processes = processes or S['processes']
 chosen, picked = (only or S['only']).split(','), cells.split(',') if cells else []

@@ -306,3 +306,15 @@ def test_results_that_are_kept_need_no_folders(text, tmp_path):  # noqa: F811
     one['settings']['H'] = 5
     (kept / 'k2h6s_lr0.01_seed1.json').write_text(json.dumps(one))
     assert 'holds a run with H=5, not 6' in reproduce(text, other, *args, fails=True)
+
+
+def test_another_rate_of_phase_one_and_of_all_from_scratch(text, tmp_path):  # noqa: F811
+    out = tmp_path / 'run'
+    make_up(out, 'phase_one', 4.0, data_dir=text, needs='', steps=STEPS[0])
+    make_up(out, 'phase_one', 3.9, 0.02, data_dir=text, needs='', steps=STEPS[0])
+    make_up(out, 'scratch', 3.8, 0.02, data_dir=text, needs='', steps=STEPS[0], K=2, H=6, skip=True)
+    for more, losses in (['--rate=0.02'], [3.8, 3.9]), ([], [[], 4.0]):
+        reproduce(text, out, '--only=table2', '--report=True', *more)
+        scratch, phase_one, *_ = results(out)['rows']['table2']
+        assert [row['runs'] and row['mean']['loss'] for row in (scratch, phase_one)] == losses
+    assert 'rate=-1.0 must be at least 0' in reproduce(text, out, '--rate=-1', fails=True)
