@@ -509,6 +509,12 @@ def test_modules_per_token_and_the_weights_that_they_read(names):
     assert names['weights_read'](model, cfg, decisions, [1, 1], 2) == pytest.approx(unmerged)
 
 
+def test_a_config_file_is_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match='config files go with train'):
+        script(monkeypatch, 'table1', 'config/mom_demo.py')
+
+
 def test_every_config_file_gives_the_shape_that_its_weights_have(names, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where there is no run that a config could start from
     seen = 0

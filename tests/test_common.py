@@ -290,6 +290,7 @@ def test_help_lists_every_setting_with_its_comment(script):
     done = subprocess.run([sys.executable, script, '--help'], cwd=common.ROOT, capture_output=True,
                           text=True)
     assert done.returncode == 0, done.stderr
+    assert '-----' not in done.stdout  # no banner of the code below the settings
     lines = [line for line in done.stdout.splitlines() if line.startswith('  --')]
     kinds = bool, int, float, str, list
     own = {key for key, value in SCRIPTS[script][0].items() if isinstance(value, kinds)}

@@ -283,6 +283,13 @@ def test_what_is_kept_of_the_weights_follows_them(dtype):
     assert model not in sample.KEPT
 
 
+def test_what_is_kept_of_weights_is_not_taken_under_another_autocast():
+    model = GPT(tiny(K=2, H=2)).eval()
+    kept = prepared(model)
+    with torch.autocast('cpu', torch.bfloat16):  # which decides whether modules are stacked
+        assert prepared(model) is not kept
+
+
 def test_draws_have_the_shares_of_the_likeliest():
     torch.manual_seed(0)
     for top_p in (0.02, 0.5, 0.9, 1.0):  # with 0.02 most rows come to the sorting

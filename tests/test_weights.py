@@ -257,3 +257,9 @@ def test_a_broken_folder_of_a_mom_is_refused(tmp_path):
     rewrite(tmp_path, spoil)
     with pytest.raises(ValueError, match='fc_w .* the file is broken, copy it again'):
         GPT.from_pretrained(str(tmp_path))
+
+
+def test_a_file_of_one_tensor_is_no_checkpoint(tmp_path):
+    torch.save(torch.zeros(3), tmp_path / 'x.pt')
+    with pytest.raises(ValueError, match='x.pt is not a checkpoint of train.py'):
+        GPT.from_pretrained(str(tmp_path / 'x.pt'))
