@@ -417,6 +417,9 @@ def main():
     folder = common.results_folder(out_dir or os.path.join(home, 'routes'))
 
     texts, kinds = texts_and_kinds(tokenizer, idx, before)
+    name, place = common.run_name(source), os.path.basename(os.path.abspath(data))
+    read = os.path.basename(text) or f'the validation text in {place}'
+    start = report.introduction(cfg, name, assembly(cfg), read, idx[:, 1:].size)
     numbers, named = analyse(model, idx, kinds, where, batch, seed)
     chunks, loss = numbers['chunks'], numbers['loss']
     said = report.conclusion(own, base)
@@ -441,10 +444,6 @@ def main():
     report.write(folder, 'analysis.json', json.dumps(whole, indent=1).encode() + b'\n')
     is_bytes = tokenizer.name == 'bytes'
     strokes = is_bytes & (kinds == KINDS.index('word begins'))
-    name = common.run_name(source)
-    place = os.path.basename(os.path.abspath(data))
-    read = os.path.basename(text) or f'the validation text in {place}'
-    start = report.introduction(cfg, name, assembly(cfg), read, numbers['tokens'])
     hint = report.hint(any(one['has_skip'] for one in chunks), is_bytes)
     shown = report.coloured(texts[:page], strokes, idx.shape[1] - 1, named, chunks)
     report.write_page(folder, name, {

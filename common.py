@@ -173,8 +173,8 @@ def _help(scope, own, model, fields):
 
 
 def _sentence_instead_of_traceback(kind, error, trace):
-    """A ValueError that our own code raised is a user's mistake: its sentence alone says the fix.
-    Everything else, torch's ValueErrors included, keeps its traceback."""
+    """What a `raise ValueError` of ours says is a user's mistake: its sentence alone says the fix.
+    Everything else, Python's and torch's ValueErrors included, keeps its traceback."""
     script = os.path.basename(sys.argv[0])
     if kind is KeyboardInterrupt:
         if os.environ.get('RANK', '0') == '0':
@@ -182,12 +182,13 @@ def _sentence_instead_of_traceback(kind, error, trace):
         if 'RANK' in os.environ:
             os._exit(130)  # see leave_processes
         sys.exit(130)
-    raised_in = traceback.extract_tb(trace)[-1].filename if trace else ''
+    last = traceback.extract_tb(trace)[-1]
+    folder = os.path.dirname(os.path.abspath(last.filename))
+    ours = folder in (ROOT, os.path.join(ROOT, 'config')) and last.line.startswith('raise')
     if kind in (FileExistsError, NotADirectoryError):  # from makedirs
-        kind, raised_in = ValueError, __file__
+        kind, ours = ValueError, True
         error = f'{error.filename} is a file, where a folder has to be: name another'
-    folder = os.path.dirname(os.path.abspath(raised_in))
-    if kind is ValueError and folder in (ROOT, os.path.join(ROOT, 'config')):
+    if kind is ValueError and ours:
         print(f'{script}: error: {error}', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)

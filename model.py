@@ -8,8 +8,8 @@ parameter sharing, mixture-of-experts and mixture-of-depths are other choices of
 
 The file follows section 3 of the paper, and equation numbers are the paper's. Below the banner
 "fused routing" the same numbers are computed faster, and settings are checked. tests/dense.py says
-all of it again in loops over single tokens, and docs/method.md sets the equations beside the lines
-of this file.
+MoM again in loops over single tokens, and docs/method.md sets the equations beside the lines of
+this file.
 
 Shapes: B batch, T time, M = B*T tokens, C width (the paper's d), N modules of a pool, E = N (+ 1
 with SKIP) entries of a router, K selected, H steps, R width of a router's state, S subsets of a
@@ -256,7 +256,7 @@ def plan_chunk(cfg, i):
     N_A, N_F = len(layers_A), len(layers_F)
     if cfg.tied:
         layers_A, layers_F = layers_A[:1], layers_F[:1]
-    H = {'mom': cfg.H, 'share': len(cfg.c_share)}.get(cfg.phi, N)
+    H = {'mom': cfg.H, 'share': len(cfg.c_share)}.get(cfg.phi, N)  # the others go layer by layer
     return Plan(cfg.phi, H, N_A, N_F, layers_A, layers_F)
 
 
@@ -295,6 +295,7 @@ class Chunk(nn.Module):
         self.rule_A, self.rule_F = PHI[plan.phi]
         self.attn = Pool(Attention, plan.N_A, len(plan.layers_A), C)
         self.ffn = Pool(FeedForward, plan.N_F, len(plan.layers_F), C)
+        # router_a, router_f, router_t: by these names they are counted, and stay fp32 (is_router).
         routed_A, routed_F = self.rule_A == 'routed', self.rule_F == 'routed'
         E_A, E_F = self.N_A + cfg.skip, self.N_F + cfg.skip
         self.router_a = Router(cfg, E_A, self.H, self.N_A) if routed_A else None
@@ -410,7 +411,7 @@ class Chunk(nn.Module):
         """Set self.S: how many subsets of attention modules can be picked; 0 does not merge."""
         self.S, N = 0, self.N_A
         few = N <= 16  # subset_numbers has 2^N entries
-        if self.rule_A == 'routed' and self.K_A > 1 and not self.cfg.weigh_qkv and few:
+        if self.phi == 'mom' and self.K_A > 1 and not self.cfg.weigh_qkv and few:
             sets = subsets(N, self.K_A, self.cfg.skip)
             if len(sets) <= MOST_SUBSETS:
                 self.S = len(sets)
@@ -588,9 +589,9 @@ class GPT(nn.Module):
                     of_kind = {'gru': 3 * R * (C + R) + R * E, 'mlp': R * (C + E), 'linear': C * E}
                     total += 2 * chunk.H * of_kind[self.cfg.router]
             if chunk.router_a:
-                a = min(self.cfg.K, chunk.N_A) if k_a is None else k_a
+                a = min(chunk.K_A, chunk.N_A) if k_a is None else k_a
             if chunk.router_f:
-                f = min(self.cfg.K, chunk.N_F) if k_f is None else k_f
+                f = min(chunk.K_F, chunk.N_F) if k_f is None else k_f
             if chunk.router_t:
                 a = f = self.cfg.capacity if k_a is None else k_a
                 seen = a * a * T
@@ -907,7 +908,7 @@ def check(cfg):
     need(phi == 'mom' or not cfg.tied,
          f"tied=True (MoM-same) goes with phi='mom'; to share under {phi!r}, see phi='share'")
     need(phi not in ('mod', 'share') or not cfg.balance and cfg.router_weights == 'linear',
-         'balance and softmax weights are for routers that choose modules: leave them out with '
+         'balance and router_weights are for routers that choose modules: leave them out with '
          f'phi={phi!r}')
     need(phi not in ('moe', 'mod') or max(sizes) == 1,
          f"phi={phi!r} works layer by layer: chunks={cfg.chunks!r} must be "

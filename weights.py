@@ -291,8 +291,7 @@ def regroup(state, model, vanilla, source):
         parts = []
         for layer in layers:
             if layer not in state:
-                raise ValueError(f'{source} has no {name} for chunks={cfg.chunks}: take the '
-                                 'settings of its training')
+                raise ValueError(f'{source} has no {name}: take the settings of its training')
             w = state[layer]
             parts.append(w[:len(fresh)] if name == 'wpe.weight' and w.ndim else w)
         want = (len(fresh) // len(parts), *fresh.shape[1:])

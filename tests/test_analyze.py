@@ -481,14 +481,15 @@ def test_every_listed_route_has_a_colour_of_its_own(tmp_path):
 
 
 def test_a_page_without_skip_does_not_speak_of_it(tmp_path):
-    out = command(tmp_path, checkpoint(tmp_path, K=2, H=3, skip=False), '--tokens=640', '--page=50')
+    source = checkpoint(tmp_path, K=2, H=3, skip=False) + '/last.pt'
+    out = command(tmp_path, source, '--tokens=640', '--page=50')
     page = (tmp_path / 'run' / 'routes' / 'page.html').read_text()
     assert 'SKIP' not in page and 'Who skips' not in page and 'skips.png' not in out
     reader = Reader()
     reader.feed(page)
     assert [len(titles) for titles in reader.titles] == [50, 50]
     assert 'K2H3, chunks 1-4-1' in page
-    assert '8.000' in page  # the run itself, though no curves are asked for
+    assert '8.000' in page  # the run of that file, though no curves are asked for
 
 
 def test_ctrl_c_is_one_sentence(tmp_path):

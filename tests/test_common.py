@@ -309,6 +309,14 @@ def test_a_mistake_is_one_sentence_without_traceback(script):
     assert done.stderr.count('\n') == 1
 
 
+def test_a_slip_of_the_code_keeps_its_traceback():
+    """Not what `raise` says, but a ValueError of Python itself, such as of unpacking."""
+    slip = 'import common; common.load({}, []); common.clock(float("nan"))'
+    done = subprocess.run([sys.executable, '-c', slip], cwd=common.ROOT, capture_output=True,
+                          text=True)
+    assert 'Traceback' in done.stderr and 'in clock' in done.stderr
+
+
 def test_atomic_write_keeps_the_old_file(tmp_path):
     path = tmp_path / 'a'
     path.write_bytes(b'old')

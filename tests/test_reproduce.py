@@ -1,8 +1,12 @@
 """reproduce.py as a user runs it, at a scale of seconds, and its report on made-up runs."""
 import csv
+import glob
 import json
 import lzma
+import pathlib
 import re
+import shlex
+import shutil
 import signal
 import statistics
 import subprocess
@@ -318,3 +322,17 @@ def test_another_rate_of_phase_one_and_of_all_from_scratch(text, tmp_path):  # n
         scratch, phase_one, *_ = results(out)['rows']['table2']
         assert [row['runs'] and row['mean']['loss'] for row in (scratch, phase_one)] == losses
     assert 'rate=-1.0 must be at least 0' in reproduce(text, out, '--rate=-1', fails=True)
+
+
+@pytest.mark.parametrize('folder', sorted(glob.glob(f'{common.ROOT}/docs/data/*/')))
+def test_a_report_in_docs_follows_from_the_results_beside_it(folder, tmp_path):
+    """The command of each results.md, on a copy of its folder, writes the same page again."""
+    page = pathlib.Path(folder, 'results.md').read_text().splitlines()
+    shutil.copytree(folder, tmp_path / 'kept')
+    script, *words = shlex.split(page[2].strip('`'))[1:]
+    words = [word for word in words if not word.startswith(('--out_dir=', '--keep='))]
+    words += [f'--out_dir={tmp_path}/out', f'--keep={tmp_path}/kept', '--report=True']
+    done = subprocess.run(command(script, *words), cwd=common.ROOT, env=ENV, capture_output=True,
+                          text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / 'kept' / 'results.md').read_text().splitlines()[3:] == page[3:]
