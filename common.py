@@ -89,7 +89,8 @@ def load(scope, argv=None, model=None, without=()):
         for key, value in values.items():
             _check_known(key, settings, arg)
             value = _typed(key, value, settings[key], arg)
-            if isinstance(value, str) and value.startswith('~') and key != 'prompt':
+            texts = ('prompt', 'split_on', 'separator')
+            if isinstance(value, str) and value.startswith('~') and key not in texts:
                 value = os.path.expanduser(value)
             settings[key] = value
             given.add(key)
@@ -115,9 +116,15 @@ def read_file(path):
             if not (k.startswith('_') or callable(v) or isinstance(v, types.ModuleType))}
 
 
+# nanoGPT's names that are not like ours.
+OF_NANOGPT = {'n_layer': 'chunks', 'gradient_accumulation_steps': 'micro_batch',
+              'eval_only': 'max_steps', 'start': 'prompt', 'wandb_log': 'track'}
+
+
 def _check_known(key, settings, where):
     if key not in settings:
-        near = difflib.get_close_matches(key, settings, 1, cutoff=0.5)
+        near = [OF_NANOGPT[key]] if OF_NANOGPT.get(key) in settings else (
+            difflib.get_close_matches(key, settings, 1, cutoff=0.5))
         raise ValueError(f'{where}: unknown setting {key!r}'
                          + (f'; did you mean {near[0]!r}?' if near else '')
                          + ' (--help lists all of them)')

@@ -13,7 +13,8 @@ this file.
 
 Shapes: B batch, T time, M = B*T tokens, C width (the paper's d), N modules of a pool, E = N (+ 1
 with SKIP) entries of a router, K selected, H steps, R width of a router's state, S subsets of a
-pool, nh heads (the paper's Z), hs head size, V vocabulary. (The paper's M and R are no sizes.)
+pool, nh heads (the paper's Z), hs head size, V vocabulary. (In the paper M is the set of modules
+and R a router.)
 """
 import hashlib
 import itertools
@@ -30,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class MoMConfig:
-    """The settings of a model. Raises ValueError, naming the fix, for a model that cannot be."""
+    """The settings of a model. Raises ValueError, naming the fix, where they make no model."""
     chunks: str = '1-1-1-1-1-1-1-1-1-1-1-1'  # N of each chunk, in layers of the vanilla model
     phi: str = 'mom'                # assembling function of chunks with N > 1; see PHI
     K: int = 2                      # modules selected per token and step, SKIP among them
@@ -110,8 +111,8 @@ class Pool(nn.Module):
         return self.kind(*(p.expand(self.N, *p.shape[1:]) for p in parameters))
 
 
-# Where w is no tensor it stands for several modules at once (Grouped, see fused routing) or is laid
-# out for a CPU (Matrix in sample.py). To understand MoM, pass these branches by.
+# Where w is not a tensor it stands for several modules at once (Grouped, see fused routing) or is
+# laid out for a CPU (Matrix in sample.py). To understand MoM, pass these branches by.
 
 def norm(x, w=None, b=None):
     """LayerNorm. Each module has its own: "Add & Norm" belongs to the module (3.1)."""
@@ -172,7 +173,7 @@ class Router(nn.Module):
 
     router_start='layers' is not the paper's: r = W s_h + b_h, with a learned b_h for each step. It
     begins at 1 for the modules whose turn it is and at 0 for all others, and W begins at a
-    hundredth of its size. If H >= N, phase two begins as nearly the model that phase one left.
+    hundredth of its size. With H >= N, phase two so begins close to the model of phase one.
     """
 
     def __init__(self, cfg, E, H, N=1):
@@ -359,7 +360,10 @@ class Chunk(nn.Module):
         return x.view(B, T, C), decisions
 
     def qkv(self, pools, x, d):
-        """The inner, unweighted sums of Eq. 5: tokens x (M, C) -> their q, k, v (M, 3C)."""
+        """The inner, unweighted sums of Eq. 5: tokens x (M, C) -> their q, k, v (M, 3C).
+
+        The first line is all of Eq. 5. The second makes the same numbers by merged matrices.
+        """
         if pools.merged is None:
             return assemble(attn_in, pools.attn, x, d, weighted=self.cfg.weigh_qkv)
         return assemble(merged_qkv, pools.merged, norm(x), self.by_subset(x, d))
@@ -617,8 +621,8 @@ def is_router(name):  # of a parameter
 class LossInParts(torch.autograd.Function):
     """cross_entropy(x w^T, targets) and its gradients, part by part: x (M, C), w (V, C).
 
-    The gradients are made at once with the loss, so that no logits are kept, nor made twice. It can
-    go when torch is 2.13 at least, whose F.linear_cross_entropy does as much.
+    The gradients are made at once with the loss, so that no logits are kept, nor made twice.
+    torch 2.13's F.linear_cross_entropy does as much, but ends the graph of torch.compile.
     """
 
     @staticmethod
@@ -642,6 +646,8 @@ class LossInParts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
+        if torch.is_grad_enabled():  # create_graph=True
+            raise RuntimeError('LossInParts has no second derivatives: take the loss of the logits')
         grad_x, grad_w = ctx.saved_tensors
         return grad_x * grad, grad_w * grad, None, None
 
@@ -772,8 +778,8 @@ def has_grouped_mm(device, C):
     is a loop that waits at every call, and on Blackwell gradients of empty groups are garbage
     (github.com/pytorch/pytorch/issues/172439).
     """
-    hopper = device.type == 'cuda' and torch.cuda.get_device_properties(device).major == 9
-    return hopper and C % 8 == 0
+    nvidia = device.type == 'cuda' and not torch.version.hip  # AMD's MI300 is 9.4 there
+    return nvidia and torch.cuda.get_device_properties(device).major == 9 and C % 8 == 0
 
 
 def grouped_dtype(x):

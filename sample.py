@@ -13,6 +13,7 @@ import math
 import weakref
 
 import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 import common
 import inputs
@@ -36,6 +37,8 @@ settings, given = common.load(globals()) if __name__ == '__main__' else ({}, set
 
 
 KEPT = weakref.WeakKeyDictionary()  # model -> (the weights that it had, what was made of them)
+# A fused optimizer changes weights without a trace in their `_version`.
+register_optimizer_step_post_hook(lambda *_: KEPT.clear())
 
 
 def prepared(model, several=False):
@@ -46,7 +49,8 @@ def prepared(model, several=False):
     a second copy of them in another layout, as large as the model, in bf16 and for several rows;
     for one row in fp32 they are the weights themselves, and only the merged matrices take memory:
     S * 12 C^2 bytes a routed chunk. It is freed with the model, by the next call in
-    training mode, or by `forget(model)`. A change through `.data` is not seen.
+    training mode, by any optimizer's step, or by `forget(model)`. A change through `.data` is not
+    seen.
     """
     # The tensors are held, so that no new weight can come to lie where an old one was.
     weights = [(p.detach(), object() if p.is_inference() else p._version)
@@ -97,7 +101,8 @@ def has_packing(dtype):
     ops = torch.ops.mkldnn
     return (torch.backends.mkldnn.is_available()
             and torch.backends.cpu.get_cpu_capability().startswith('AVX')
-            and hasattr(ops, '_reorder_linear_weight') and hasattr(ops, '_linear_pointwise')
+            and all(hasattr(ops, name) for name in ('_reorder_linear_weight', '_linear_pointwise',
+                                                    '_is_mkldnn_bf16_supported'))
             and (dtype == torch.float32 or ops._is_mkldnn_bf16_supported()))
 
 
@@ -172,6 +177,7 @@ class Cache:
         or None, and whether it is the plain causal one instead.
         """
         T, mask = k.size(2), None
+        k, v = k.to(self.k[step].dtype), v.to(self.v[step].dtype)  # autocast has another
         if self.first == 0 or count is None:
             entries = slice(self.first, self.first + T)
             self.k[step][:, :, entries], self.v[step][:, :, entries] = k, v

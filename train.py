@@ -62,8 +62,8 @@ log_every = 1           # steps between printed lines; log.csv has every step
 track = ''              # 'wandb', 'trackio' or 'tensorboard': a second log
 # --- system
 device = 'auto'         # 'auto', 'cpu', 'cuda', 'mps' or 'xpu'
-dtype = 'auto'          # autocast: 'bfloat16' (auto, if a GPU has it), 'float16' or 'float32'
-compile = False         # torch.compile; of a MoM all of it on Hopper in bf16, else unrouted chunks
+dtype = 'auto'          # autocast; auto: bfloat16 where a GPU has it, else float16, CPU: float32
+compile = False         # torch.compile: all of a vanilla or on Hopper in bf16, else unrouted chunks
 fsdp = False            # shard weights, gradients and optimizer over the processes (FSDP2)
 checkpointing = False   # keep the chunks' inputs only, compute the rest again: less memory, slower
 # ---
@@ -79,6 +79,8 @@ last_pt, best_pt = os.path.join(out_dir, 'last.pt'), os.path.join(out_dir, 'best
 log_path = os.path.join(out_dir, 'log.csv')
 restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # by torchrun --max_restarts
 launch = os.environ.get('TORCHELASTIC_RUN_ID', '')  # of torchrun; the same after a restart
+if os.environ.get('LOCAL_WORLD_SIZE') == str(world):  # on one machine the id is often 'none'
+    launch += f' {os.getppid()}'
 
 if writes and os.path.isdir(out_dir):
     common.lock_folder(common.results_folder(out_dir))
@@ -204,7 +206,8 @@ if fsdp:  # each chunk is gathered when it runs
     # Nothing is done in place on the views that it warns of.
     warnings.filterwarnings('ignore', 'FSDP2-wrapped module .* returned a view')
 elif world > 1:
-    model = DistributedDataParallel(model, device_ids=None if device == 'cpu' else [device])
+    model = DistributedDataParallel(model, device_ids=None if device == 'cpu' else [device],
+                                    broadcast_buffers=False)  # they are constants
 optimizer = torch.optim.AdamW(raw.param_groups(weight_decay), lr=learning_rate,
                               betas=(beta1, beta2), fused=True)
 
@@ -433,7 +436,7 @@ if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_I
     signal.signal(signal.SIGHUP, ask_to_stop)
 
 flops = raw.flops_per_token(block_size, merged=True)
-peak = common.peak_flops(device)
+peak = common.peak_flops(device) if dtype != 'float32' else None
 times, started, first_step, skipped, stopping = [], time.time(), step, 0, False
 if not max_steps:
     val_step = -1
@@ -500,7 +503,9 @@ while not stopping:
         say(f'{step}/{max_steps} | loss {loss:.4f} | lr {lr_at(step - 1):.2e} | grad norm '
             f'{grad_norm:.2f} | {1000 * seconds:.0f} ms | {rate:,.0f} tok/s | {mfu}ETA {left}')
 
-if stopping:
+if stopping and not max_steps:
+    say('stopped. Nothing is written.')
+elif stopping:
     save()
     say(f'stopped after step {step}, saved. Go on with: {go_on}')
 end_tracking()

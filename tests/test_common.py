@@ -39,6 +39,7 @@ def test_values_are_typed_and_later_ones_win(tmp_path):
     assert load('--max_steps=9', str(file))[0]['max_steps'] == 7
     assert load('--learning_rate=6e-4')[0]['learning_rate'] == 6e-4
     assert load('--chunks=8')[0]['chunks'] == '8'
+    assert load('--split_on=~', split_on='')[0]['split_on'] == '~'  # a mark, no folder
 
 
 def test_the_fields_of_the_model_are_settings_too(tmp_path):
@@ -242,7 +243,8 @@ def test_config_files_of_all_kinds(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('argument, message', [
-    ('--max_step=3', "did you mean 'max_steps'"), ('--zzz=3', 'unknown setting'),
+    ('--max_step=3', "did you mean 'max_steps'"), ('--n_layer=4', "did you mean 'chunks'"),
+    ('--zzz=3', 'unknown setting'),
     ('--max_steps=1.5', 'takes int'), ('--max_steps=many', "takes int .* not str 'many'"),
     ('--skip=1', 'takes bool'), ('--betas=0.9', 'takes list'),
     ('--learning_rate=True', 'takes float'), ('--skip', '--key=value'),

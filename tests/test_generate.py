@@ -243,8 +243,11 @@ def test_products_of_few_rows(intel, shape, rows, threads, monkeypatch):
 @pytest.mark.parametrize('rows', [1, 3])
 def test_text_under_autocast(rows):
     model, idx = stir(GPT(tiny())).eval(), torch.randint(0, 50, (rows, 5))
-    with torch.autocast('cpu', torch.bfloat16):
-        assert model.generate(idx, 6, temperature=0).shape == (rows, 11)
+    lengths = [5, 2, 3][:rows]
+    for model in (model, stir(GPT(tiny(**SYSTEMS['mod']))).eval()):
+        with torch.autocast('cpu', torch.bfloat16):
+            assert model.generate(idx, 6, temperature=0).shape == (rows, 11)
+            assert model.generate(idx, 6, temperature=0, lengths=lengths).shape == (rows, 11)
 
 
 def test_one_row_and_several_share_what_is_kept():
@@ -263,14 +266,21 @@ def change(model):
         model.chunks[1].attn.qkv_w.mul_(-2)
 
 
+def fused_step(model):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, fused=True)
+    model(torch.zeros(1, 4, dtype=torch.int64))[0].sum().backward()
+    optimizer.step()
+
+
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 def test_what_is_kept_of_the_weights_follows_them(dtype):
-    """A changed weight, a cast or another state_dict is seen by the next call."""
+    """A changed weight, a cast, another state_dict, an optimizer's step: the next call sees it."""
     idx, model = torch.randint(0, 50, (2, 5)), stir(GPT(tiny())).cast(dtype).eval()
     other = {name: p.flip(-1) for name, p in model.state_dict().items() if p.is_floating_point()}
     changes = [lambda: None, lambda: change(model),
                lambda: model.load_state_dict(other, strict=False),
-               lambda: model.cast(torch.float64), lambda: model.cast(dtype)]
+               lambda: model.cast(torch.float64), lambda: model.cast(dtype),
+               lambda: fused_step(model)]
     for make in changes:
         make()
         with_kept = model.generate(idx, 12, temperature=0)

@@ -212,6 +212,9 @@ def test_the_loss_in_parts_equals_the_whole():
         assert torch.allclose(a, b, rtol=1e-3, atol=1e-5 * b.abs().max().item())
     with torch.no_grad():
         assert torch.allclose(model(idx, targets, want_logits=False)[1], whole, rtol=1e-6)
+    with pytest.raises(RuntimeError, match='no second derivatives'):
+        loss = model(idx, targets, want_logits=False)[1]
+        torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
 
 
 def test_the_loss_in_parts_under_autocast_is_in_full_precision():
