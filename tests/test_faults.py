@@ -151,6 +151,23 @@ def test_a_signal_interrupts_an_evaluation(ranks, phase_two, tmp_path):
     assert kill.differences(tmp_path / 'whole', tmp_path / 'run') == []
 
 
+def test_an_evaluation_alone_that_is_stopped_says_that_nothing_is_written(
+        phase_two, tmp_path, monkeypatch):
+    real, calls = model.GPT.features, itertools.count(1)
+
+    def counted(self, *args):
+        if next(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args)
+
+    monkeypatch.setattr(model.GPT, 'features', counted)  # what is forked keeps it
+    args = [*map(str, phase_two), '--eval_tokens=9000', '--micro_batch=1', '--max_steps=0']
+    training = kill.Training([*args, f'--out_dir={tmp_path / "run"}'], 1, f'{tmp_path}/output')
+    assert training.wait() == 0
+    assert 'Nothing is written' in training.text() and 'saved' not in training.text()
+    assert not (tmp_path / 'run').exists()
+
+
 @pytest.mark.parametrize('system', ['vanilla', 'mom', *SYSTEMS])
 def test_two_processes_stopped_and_resumed_equal_two_undisturbed(system, data, phase_two, tmp_path):
     args = [*phase_two, *SYSTEMS.get(system, [])]

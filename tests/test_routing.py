@@ -2,6 +2,7 @@
 import contextlib
 import itertools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -268,3 +269,13 @@ def test_a_decoding_step_reads_only_what_was_chosen():
             poison(pools.merged.each[s])
         cache.k, cache.length = start, length
         assert torch.equal(model.features(idx[:, -1:], cache)[0], want) and want.isfinite().all()
+
+
+@pytest.mark.parametrize('major, hip, width, taken', [
+    (9, None, 64, True), (9, None, 68, False), (8, None, 64, False), (10, None, 64, False),
+    (9, '7.0', 64, False)])  # AMD's MI300 says 9.4
+def test_grouped_products_are_for_hopper(major, hip, width, taken, monkeypatch):
+    card = SimpleNamespace(major=major)
+    monkeypatch.setattr(torch.cuda, 'get_device_properties', lambda device: card)
+    monkeypatch.setattr(torch.version, 'hip', hip)
+    assert model_py.has_grouped_mm(torch.device('cuda'), width) == taken
