@@ -62,7 +62,7 @@ log_every = 1           # steps between printed lines; log.csv has every step
 track = ''              # 'wandb', 'trackio' or 'tensorboard': a second log
 # --- system
 device = 'auto'         # 'auto', 'cpu', 'cuda', 'mps' or 'xpu'
-dtype = 'auto'          # autocast: 'bfloat16', 'float16', 'float32'; auto: what the device does best
+dtype = 'auto'          # autocast: 'bfloat16', 'float16', 'float32'; auto: the device's best
 compile = False         # torch.compile: all of a vanilla or on Hopper in bf16, else unrouted chunks
 fsdp = False            # shard weights, gradients and optimizer over the processes (FSDP2)
 checkpointing = False   # keep the chunks' inputs only, compute the rest again: less memory, slower
