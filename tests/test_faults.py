@@ -227,13 +227,21 @@ common.leave_processes()
     assert done.returncode == 0 and done.stdout.count('all done') == 2, done.stderr
 
 
+@pytest.mark.parametrize('run_id', ['another', 'none'])
 def test_a_restart_does_not_take_up_the_run_that_was_to_be_overwritten(
-        whole, phase_two, tmp_path, monkeypatch):
+        run_id, whole, phase_two, tmp_path, monkeypatch):
     out = tmp_path / 'run'
-    shutil.copytree(whole, out)
+    if run_id == 'none':  # of every torchrun on one machine that is told none
+        monkeypatch.setenv('LOCAL_WORLD_SIZE', '1')
+        monkeypatch.setenv('TORCHELASTIC_RUN_ID', run_id)
+        with monkeypatch.context() as other_torchrun:
+            other_torchrun.setattr(os, 'getppid', lambda: 1)
+            train(out, *phase_two)
+    else:
+        shutil.copytree(whole, out)
     # The first start died before it had done anything.
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
-    monkeypatch.setenv('TORCHELASTIC_RUN_ID', 'another')
+    monkeypatch.setenv('TORCHELASTIC_RUN_ID', run_id)
     for steps in (4, 8):  # and this one after four steps
         text = train(out, *phase_two, f'--max_steps={steps}', '--overwrite=True', '--seed=9')
         assert f'weights at step {steps - 4}' in text and last(out)['step'] == steps

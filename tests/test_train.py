@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -199,6 +200,20 @@ def test_what_is_printed_differs_from_the_defaults_and_all_is_kept(phase_two):
     kept = json.loads((out / 'settings.json').read_text())
     assert kept == last(out)['settings'] and kept['beta1'] == 0.9 and kept['router_dim'] == 8
     assert 'MFU' not in stdout  # of a CPU nobody knows the peak
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+def test_mfu_is_of_the_peak_in_16_bits(dtype, text, tmp_path, monkeypatch):
+    monkeypatch.setattr(common, 'peak_flops', lambda device: 1e9)  # as of a card
+    out = tmp_path / 'run'
+    stdout = run(f'--data_dir={text}', *TINY, '--max_steps=3', '--log_every=1',
+                 f'--dtype={dtype}', f'--out_dir={out}')
+    found = re.findall(r'([\d,]+) tok/s \| MFU ([\d.]+)%', stdout)
+    assert len(found) == (3 if dtype == 'bfloat16' else 0)
+    for rate, mfu in found:  # 3 times those of a forward pass
+        flops = 3 * GPT(MoMConfig(**last(out)['model_config'])).flops_per_token(32)
+        want = 100 * flops * int(rate.replace(',', '')) / 1e9
+        assert float(mfu) == pytest.approx(want, rel=1e-3)
 
 
 def test_no_steps_evaluate_and_write_nothing(text, phase_one, tmp_path):
