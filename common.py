@@ -159,6 +159,7 @@ def changed(settings):
 
 def _help(scope, own, model, fields):
     def described(key, default, comment):
+        default = '$' * ('\\' in default) + default  # a shell reads \n in $'\n' alone
         return f'  --{key}={default}'.ljust(36) + ' ' + (comment or '')
     lines = [(scope.get('__doc__') or '').strip(), '']
     with open(scope['__file__'], encoding='utf-8') as f:

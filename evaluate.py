@@ -46,8 +46,9 @@ settings, given = common.load(globals()) if __name__ == '__main__' else ({}, set
 def windows(ids, block, stride):
     """Cut a text for a window that moves by `stride` -> [(piece, n)]: its last n tokens count.
 
-    ids: one token that stands before the text, and the text. Each of its tokens counts once. A
-    piece has block + 1 tokens, or all of a short text, as each of `block` tokens predicts the next.
+    ids: one token that stands before the text, and the text, as a tensor. Each token of the text
+    counts once. A piece has block + 1 tokens, or all of a short text, as each of `block` tokens
+    predicts the next.
     """
     ends = [*range(min(block, len(ids) - 1), len(ids) - 1, stride), len(ids) - 1]
     return [(ids[max(0, end - block):end + 1], end - before)
@@ -67,12 +68,12 @@ def score(model, pieces, vocab, batch_size):
     longest_first = sorted(range(len(pieces)), key=lambda i: -len(pieces[i][0]))
     for first in tqdm(range(0, len(pieces), batch_size), 'texts', unit='batch', disable=None):
         batch = longest_first[first:first + batch_size]
-        inputs = [torch.tensor(pieces[i][0][:-1]) for i in batch]
+        inputs = [torch.as_tensor(pieces[i][0][:-1]) for i in batch]
         idx = torch.nn.utils.rnn.pad_sequence(inputs, batch_first=True)  # (B, T)
         x, _ = model.features(idx.to(where))                             # (B, T, C)
         for row, i in enumerate(batch):
             ids, n = pieces[i]
-            end, targets = len(ids) - 1, torch.tensor(ids[len(ids) - n:], device=where)
+            end, targets = len(ids) - 1, torch.as_tensor(ids[len(ids) - n:], device=where)
             logits = F.linear(x[row, end - n:end], head).float()         # (n, V)
             nats = -F.cross_entropy(logits, targets, reduction='sum')
             scores[i] = nats.item(), bool((logits.argmax(-1) == targets).all())
@@ -81,7 +82,7 @@ def score(model, pieces, vocab, batch_size):
 
 def perplexity(model, tokenizer, words, stride, batch_size):
     """The figures of a text, `words`, as a dict; `nats` is their sum over its tokens."""
-    ids = [tokenizer.eot_token, *tokenizer.encode_ordinary(words)]
+    ids = torch.tensor([tokenizer.eot_token, *tokenizer.encode_ordinary(words)])
     pieces = windows(ids, model.cfg.block_size, stride)
     nats = -math.fsum(log_p for log_p, _ in score(model, pieces, tokenizer.n_vocab, batch_size))
     counts = {'tokens': len(ids) - 1, 'words': len(words.split()), 'bytes': len(words.encode())}
@@ -121,7 +122,7 @@ def harness(model, tokenizer, batch_size, info):
 
         def loglikelihood_rolling(self, requests, **kwargs):
             texts = [[self.eot_token_id, *self.tok_encode(r.args[0])] for r in requests]
-            cuts = [windows(ids, block, block) for ids in texts]
+            cuts = [windows(torch.tensor(ids), block, block) for ids in texts]
             scores = iter(score(model, [*itertools.chain(*cuts)], vocab, batch_size))
             return [math.fsum(log_p for log_p, _ in itertools.islice(scores, len(cut)))
                     for cut in cuts]
@@ -154,22 +155,31 @@ def continue_texts(model, tokenizer, prompts, wanted):
     if new >= block:
         raise ValueError(f'a task wants {new} new tokens, and block_size={block} leaves no room '
                          'for a prompt: set max_gen_toks in a task file of your own (--tasks_dir)')
-    ids = [tokenizer.encode_ordinary(prompt)[new - block:] for prompt in prompts]
-    ids = [one or [tokenizer.eot_token] for one in ids]
-    lengths = [len(one) for one in ids]
-    idx = torch.nn.utils.rnn.pad_sequence([torch.tensor(one) for one in ids], batch_first=True)
+    until, eot = wanted.get('until') or [], tokenizer.eot_token
+    until = [end for end in ([until] if isinstance(until, str) else until) if end]
     sampled = wanted.get('do_sample', False)
-    out = sample.generate(model, idx.to(model.wte.weight.device), new,
-                          temperature=wanted.get('temperature', 1.0) if sampled else 0.0,
-                          top_k=wanted.get('top_k') or None, top_p=wanted.get('top_p'),
-                          stop=tokenizer.eot_token, lengths=lengths, vocab=tokenizer.n_vocab)
-    until, texts = wanted.get('until') or [], []
-    for row, length in zip(out.tolist(), lengths):
-        tokens = [*row[length:length + new], tokenizer.eot_token]
-        written = tokenizer.decode(tokens[:tokens.index(tokenizer.eot_token)])
-        for end in [until] if isinstance(until, str) else until:
-            written = written.split(end)[0] if end else written
-        texts.append(written)
+    how = dict(temperature=wanted.get('temperature', 1.0) if sampled else 0.0,
+               top_k=wanted.get('top_k') or None, top_p=wanted.get('top_p'))
+    ids = [tokenizer.encode_ordinary(prompt)[new - block:] or [eot] for prompt in prompts]
+    texts, written, left = [''] * len(ids), [[] for _ in ids], range(len(ids))
+    done, size = 0, 16
+    while left:  # first a few tokens: what ends soon need not be continued to the last
+        size = min(size, new - done)
+        lengths = [len(ids[i]) + done for i in left]
+        rows = [torch.tensor(ids[i] + written[i]) for i in left]
+        idx = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+        out = sample.generate(model, idx.to(model.wte.weight.device), size, stop=eot,
+                              lengths=lengths, vocab=tokenizer.n_vocab, **how)
+        done += size
+        unfinished = []
+        for i, row, length in zip(left, out.tolist(), lengths):
+            written[i] += row[length:length + size]
+            tokens = [*written[i], eot]
+            text = tokenizer.decode(tokens[:tokens.index(eot)])
+            texts[i] = min((text.split(end)[0] for end in until), key=len, default=text)
+            if texts[i] == text and eot not in written[i] and done < new:
+                unfinished.append(i)
+        left, size = unfinished, 4 * size
     return texts
 
 

@@ -19,22 +19,23 @@ def find_split(folder, split, optional=False):
     Also raises ValueError for a split that is there twice, or that lacks shards.
     """
     names = dict.fromkeys([split, split.replace('validation', 'dev')])
-    pattern = re.compile(rf'({"|".join(names)})(-\d+-of-(\d+)(-\w+)?)?(\.\w+)')
+    pattern = re.compile(rf'({"|".join(names)})(-(\d+)-of-(\d+)(-\w+)?)?(\.\w+)')
     here = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     found = {}
     for file in here:
         part = pattern.fullmatch(file)
-        if part and part[5] in TABLES:
-            path = os.path.join(folder, file)
-            found.setdefault((part[1], part[3], part[5]), []).append(path)
+        if part and part[6] in TABLES:
+            path, n = os.path.join(folder, file), int(part[3] or 0)
+            found.setdefault((part[1], part[4], part[6]), []).append((n, path))
     if len(found) > 1:
-        twice = ' and '.join(paths[0] for paths in found.values())
+        twice = ' and '.join(shards[0][1] for shards in found.values())
         raise ValueError(f'{twice} are the same split: keep one of them')
-    for (_, count, _), paths in found.items():
-        if count and len(paths) != int(count):
-            raise ValueError(f'{paths[0]} is one of {int(count)} shards, but {len(paths)} are '
-                             'there: fetch the others')
-        return paths
+    for (_, count, _), shards in found.items():
+        numbers, paths = zip(*sorted(shards))
+        if list(numbers) != list(range(int(count or 1))):
+            raise ValueError(f'{paths[0]} is one of {int(count)} shards, but those there have the '
+                             f'numbers {", ".join(map(str, numbers))}: give each once')
+        return list(paths)
     if optional:
         return []
     looked_for = ', '.join(name + ending for name in names for ending in TABLES)

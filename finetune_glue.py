@@ -59,7 +59,7 @@ paper_row = ''                # a row of Table 5 to show beside ours, such as 'M
 data_dir = ''                 # folder of local files, see above; '' is the Hub
 hub_id = 'nyu-mll/glue'       # on the Hub
 max_train = 0                 # training examples, drawn at random; 0 is all
-max_eval = 0                  # validation and test examples, the first ones; 0 is all
+max_eval = 0                  # validation examples, the first ones, and no test ones; 0 is all
 length = 128                  # tokens of an example at most; no more than the model's block_size
 # --- optimisation
 learning_rate = 2e-5          # peak
@@ -402,7 +402,7 @@ def markdown(results, n_seeds, title, how=''):
         for figure in FIGURES:
             column = [r[kind][figure]['score'] for r in results if figure in r[kind]]
             columns.append(column if len(column) == n_seeds else [])
-        columns.append([sum(nine) / 9 for nine in zip(*columns)])  # zip: empty if one is
+        columns.append([np.mean(of_seed) for of_seed in zip(*columns)])  # zip: empty if one is
         cells = [f'{np.mean(c):.2f}' if c else '–' for c in columns]
         for n, column in enumerate(columns):
             if len(column) > 1:
@@ -551,6 +551,8 @@ def main():
     data = {name: {} for name in dict.fromkeys(want['task'] for want in todo)}
     for name in data:  # all of it before any training
         for split, (where, rows) in splits_of(name).items():
+            if split.startswith('test') and max_eval:
+                continue  # the server takes whole ones alone
             if split != 'train' and max_eval:
                 rows = itertools.islice(rows, max_eval)
             data[name][split] = encode(name, split, where, rows, tokenizer, tokens)
@@ -562,6 +564,7 @@ def main():
         common.lock_folder(folder)
     if world > 1:
         on = common.join_processes(on)
+        common.agree(work=todo)
     finetune.say(f'{source}: chunks {base.cfg.chunks}, {base.num_params()[0]:,} parameters, '
                  f'tokenizer {tokenizer.name!r}; {on} x {world}, {precision}; '
                  f'at most {tokens} tokens')

@@ -190,7 +190,8 @@ def read(split, most):
         raise ValueError(
             f'{len(too_long)} of {len(examples)} rows do not fit into the {T} tokens that {source} '
             f'reads: their summaries are too long (the first: {too_long[0]}). '
-            'Take weights with a longer block_size, or shorten or delete these rows')
+            'Take weights with a longer block_size'
+            + ', or shorten or delete these rows' * bool(data_dir or data_file))
     if not examples:
         raise ValueError(f'{origin} leaves no row for {split}: give more rows'
                          + ' or other shares' * bool(data_file))
@@ -207,7 +208,8 @@ held_out, empty_eval = read(eval_split, max_eval)
 train, empty_train = read('train', max_train) if epochs else ([], 0)
 
 # What results depend on. In a folder where any of it was otherwise, nothing is taken up again.
-free = 'out_dir', 'overwrite', 'seeds', 'micro_batch', 'gen_batch', 'show', 'paper_row', 'device'
+free = ('out_dir', 'overwrite', 'seeds', 'micro_batch', 'gen_batch', 'show', 'paper_row', 'device',
+        'source', 'data_dir', 'data_file')  # the last three by what they hold
 facts = {key: value for key, value in settings.items() if key not in free}
 digest = hashlib.sha256(b'|'.join(e.ids.tobytes() for e in held_out + train)).hexdigest()
 facts.update(data_sha256=digest, weights_sha256=model.fingerprint())
@@ -233,6 +235,7 @@ if not fresh:
 
 if world > 1:
     device = common.join_processes(device)
+    common.agree(run=(facts, fresh))
 model.to(device)
 
 
@@ -245,7 +248,7 @@ def write(name, text):
 if fresh and is_main:
     for path in old:
         os.unlink(path)
-    write('run.json', json.dumps(dict(settings=facts), indent=2))
+    write('run.json', json.dumps(dict(settings={**settings, **facts}), indent=2))
 if world > 1:
     dist.barrier()
 

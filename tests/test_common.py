@@ -300,6 +300,7 @@ def test_help_lists_every_setting_with_its_comment(script):
     assert own and own <= listed, own - listed
     for line in lines:
         assert len(line.split(None, 1)) == 2 and len(line) > 37, done.stdout
+        assert '\\' not in line.split()[0] or "=$'" in line, 'a shell reads \\n in no other quotes'
 
 
 @pytest.mark.parametrize('script', SCRIPTS)

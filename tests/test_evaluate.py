@@ -3,6 +3,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from test_model import stir, tiny
 import common
 import evaluate
 import inputs
+import sample
 from model import GPT
 
 BYTES = inputs.tokenizer('bytes')
@@ -157,6 +159,29 @@ def test_texts_are_continued_until_they_should_end(case):
     assert cut == [new.split(end)[0] for new in got]
     with pytest.raises(ValueError, match='set max_gen_toks'):
         evaluate.continue_texts(model, BYTES, prompts, {})
+
+
+def test_what_ends_early_is_not_continued_to_the_last_token(monkeypatch):
+    model, prompts = bytes_model(K=2, H=3, block_size=64), ['ab', 'The Union is', 'x']
+    want = []
+    for prompt in prompts:
+        ids = list(prompt.encode())
+        with torch.no_grad():
+            for _ in range(40):
+                ids.append(model(torch.tensor([ids]))[0][0, -1].argmax().item())
+        ids = ids[len(prompt):]
+        want.append(BYTES.decode(ids[:ids.index(256)] if 256 in ids else ids))
+    sizes, real = [], sample.generate
+    monkeypatch.setattr(sample, 'generate', lambda model, idx, new, **how: (
+        sizes.append((len(idx), new)) or real(model, idx, new, **how)))
+    how = {'max_gen_toks': 40, 'until': []}
+    assert evaluate.continue_texts(model, BYTES, prompts, how) == want
+    assert sum(new for _, new in sizes) == 40 and sizes[0] == (3, 16)
+    sizes.clear()
+    ends = [text[5] for text in want]
+    got = evaluate.continue_texts(model, BYTES, prompts, {**how, 'until': ends})
+    assert got == [re.split('|'.join(map(re.escape, ends)), text)[0] for text in want]
+    assert sizes == [(3, 16)]
 
 
 DOCUMENTS = [{'question': 'The Union is', 'choices': [' strong', ' weak', ' it'], 'answer': 1},

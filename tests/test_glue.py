@@ -23,9 +23,11 @@ from test_train import shell
 from test_xsum import write
 
 import common
+import finetune
 import finetune_glue as glue
 import inputs
 from model import GPT, MoMConfig
+from tests import kill
 from weights import load_checkpoint, load_file
 
 COLUMNS = {  # those of nyu-mll/glue
@@ -338,6 +340,20 @@ def test_two_processes_equal_one(data, sources, tmp_path):
         else:
             ones, twos = ([float(x) for x in words[2:]] for words in lines)
             assert ones == pytest.approx(twos, abs=1e-3)
+
+
+def test_processes_that_see_other_results_are_refused(data, sources, tmp_path, monkeypatch):
+    args = [f'--source={sources["vanilla"]}', f'--data_dir={data}', f'--out_dir={tmp_path / "run"}',
+            '--max_steps=1', '--max_train=5', '--max_eval=4', '--device=cpu']
+    run(*args, '--task=cola')
+    real = finetune.read_result
+    monkeypatch.setattr(finetune, 'read_result', lambda *how: (
+        (None, None) if os.environ['RANK'] == '1' else real(*how)))
+    training = kill.Training([*args, '--task=cola,rte'], 2, tmp_path / 'output',
+                             'finetune_glue.py')
+    assert training.wait() == 1 and 'process 1 on' in training.text()
+    assert 'has another work than process 0 on' in training.text()
+    assert not (tmp_path / 'run' / 'rte_seed1337.json').exists()
 
 
 def test_a_saved_model_predicts_what_the_file_says(data, sources, tmp_path):
@@ -715,16 +731,19 @@ def test_names_of_tasks(task, names, data, sources, tmp_path):
 
 # ----------------------------------------------------------------------------- what is said
 
-def test_how_much_is_cut_is_said(data, sources, tmp_path):
+def test_how_much_is_cut_or_left_out_is_said(data, sources, tmp_path):
     stdout = run(f'--source={sources["vanilla"]}', '--task=rte,cola', f'--data_dir={data}',
                  f'--out_dir={tmp_path}', '--max_steps=1', '--max_train=5', '--max_eval=4')
     splits = result(tmp_path, 'rte')['splits']
-    assert [(s['examples'], s['truncated']) for s in splits.values()] == [(5, 5), (4, 4), (4, 4)]
+    assert [(s['examples'], s['truncated']) for s in splits.values()] == [(5, 5), (4, 4)]
     report = (tmp_path / 'results.md').read_text()
     for text in (stdout, report):
         assert 'truncated 5 of 5 (warning: 100%' in text and 'truncated 4 of 4 (warning' in text
     assert result(tmp_path, 'cola')['splits']['train']['truncated'] == 0
     assert 'truncated 0 of 5\n' in stdout
+    # What the server takes is made of all test examples, or not at all.
+    predictions = {path.name for path in (tmp_path / 'predictions_seed1337').iterdir()}
+    assert predictions == {'RTE.validation.tsv', 'CoLA.validation.tsv'}
 
 
 def test_the_report_says_how_it_was_made(data, sources, tmp_path):

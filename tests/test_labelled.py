@@ -102,8 +102,12 @@ def test_splits_and_shards(tmp_path):
         assert looked_for in said
     shards = [f'train-{n:05}-of-00011-0123456789abcdef.parquet' for n in range(11)]
     touch(*shards[1:])
-    with pytest.raises(ValueError, match='is one of 11 shards, but 10 are there: fetch the others'):
+    with pytest.raises(ValueError, match='is one of 11 shards, but those there .* numbers 1, '):
         found('train')
+    touch(again := shards[1].replace('0123', '4567'))
+    with pytest.raises(ValueError, match='numbers 1, 1, 2, .*, 10: give each once'):
+        found('train')
+    (tmp_path / again).unlink()
     touch(shards[0])
     assert found('train') == shards
     touch('train.csv')

@@ -22,7 +22,9 @@ from test_train import shell
 from torch.nn import functional as F
 
 import common
+import inputs
 from model import GPT, MoMConfig
+from tests import kill
 
 SCRIPT = os.path.join(common.ROOT, 'finetune_xsum.py')
 WORDS = 'cat dog sun sea tree bird rain wind fish moon'.split()
@@ -203,9 +205,9 @@ def by_hand(pair):
 def one_by_one(model, pairs):
     """Mean loss of all summary tokens, a pair at a time and without padding."""
     losses = []
-    for inputs, targets in map(by_hand, pairs):
-        assert len(inputs) <= 95
-        logits = model(torch.tensor([inputs]))[0][0]
+    for idx, targets in map(by_hand, pairs):
+        assert len(idx) <= 95
+        logits = model(torch.tensor([idx]))[0][0]
         losses += [F.cross_entropy(logits[t], torch.tensor(y))
                    for t, y in enumerate(targets) if y != -100]
     return torch.stack(losses).mean()
@@ -440,6 +442,21 @@ def test_two_processes_equal_one(folder, tmp_path):
     assert two['processes'] == 2 and summaries(tmp_path / 'one') == summaries(tmp_path / 'two')
 
 
+def test_processes_with_other_weights_are_refused(folder, tmp_path, monkeypatch):
+    def other(source):
+        model, tokenizer = real(source)
+        with torch.no_grad():
+            model.wte.weight.add_(int(os.environ['RANK']))
+        return model, tokenizer
+    real = inputs.model_and_tokenizer
+    monkeypatch.setattr(inputs, 'model_and_tokenizer', other)
+    args = [f'--source={folder / "mom.pt"}', f'--data_dir={folder / "toy"}', *ONE, '--device=cpu',
+            f'--out_dir={tmp_path / "run"}']
+    training = kill.Training(args, 2, tmp_path / 'output', 'finetune_xsum.py')
+    assert training.wait() == 1, training.text()
+    assert 'has another run than process 0 on' in training.text()
+
+
 def test_seeds(folder, tmp_path, monkeypatch):
     rng, asked = random.Random(1), []
 
@@ -589,6 +606,10 @@ def test_another_run_in_the_same_folder_is_refused(folder, tmp_path, monkeypatch
     torch.save(other, source)
     assert 'weights_sha256=' in fails(*args)
     shutil.copy(folder / 'vanilla.pt', source)
+    with monkeypatch.context() as patch:  # the same files by other names
+        patch.chdir(tmp_path)
+        run('--source=./source.pt', '--data_dir=data', *args[2:])
+    assert log(out) == first
     write(data / 'test.jsonl', pairs(6, 77))
     assert 'data_sha256=' in fails(*args)
     assert log(out) == first and summaries(out)[0]['id'] == '4-0'
