@@ -407,9 +407,11 @@ def main():
     if cfg.phi == 'share' or cfg.vanilla:
         raise ValueError(f'{source} has no routers, so there is nothing to see: '
                          'give a model of phase two')
+    ours = not os.path.isfile(os.path.join(source, 'config.json'))
+    saved = load_checkpoint(source) if ours else {}
     data = data_dir
-    if not (data or text or os.path.isfile(os.path.join(source, 'config.json'))):
-        data = load_checkpoint(source).get('settings', {}).get('data_dir', '')
+    if not (data or text):
+        data = saved.get('settings', {}).get('data_dir', '')
     idx, before = read_ids(tokenizer, cfg.block_size, data)
     home = source if os.path.isdir(source) else os.path.dirname(source) or '.'
     runs, own = read_runs(curves, home)
@@ -419,7 +421,8 @@ def main():
     texts, kinds = texts_and_kinds(tokenizer, idx, before)
     name, place = common.run_name(source), os.path.basename(os.path.abspath(data))
     read = os.path.basename(text) or f'the validation text in {place}'
-    start = report.introduction(cfg, name, assembly(cfg), read, idx[:, 1:].size)
+    start = report.introduction(cfg, name, assembly(cfg), saved.get('step', ''), read,
+                                idx[:, 1:].size)
     numbers, named = analyse(model, idx, kinds, where, batch, seed)
     chunks, loss = numbers['chunks'], numbers['loss']
     said = report.conclusion(own, base)

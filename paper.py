@@ -16,7 +16,7 @@ EVERY_SCALE = dict(
     # The vanilla model is also continued for these multiples of phase two's steps. They span the
     # FLOPs of Table 1's other systems.
     budgets=(0.55, 1.7, 3.2),
-    probes=dict(vanilla='vanilla', layers='k1h4s_layers', mom='k2h4s'),  # they find the rates
+    probes=dict(vanilla='vanilla', layers='k1h4s_layers', mom='k2h4s', scratch='scratch_more'),
     longer=(),  # multiples of phase two's steps, of 'starts'
     fig3_H=4,  # H of Figure 3, which the paper does not say
     processes=1,
@@ -140,7 +140,7 @@ def cells(S):
     one, two = S['steps']
 
     def add(name, family='mom', needs='phase_one', steps=two, **model):
-        routed = family in ('mom', 'layers')
+        routed = family not in ('phase_one', 'vanilla')
         shape = dict(chunks=S['chunks'] if routed else S['layers'])
         shape.update(n_embd=S['n_embd'], n_head=S['n_head'])
         if routed:
@@ -167,15 +167,15 @@ def cells(S):
     add('moe_share', phi='moe_share', K=2, **MIXTRAL)
 
     # Table 2
-    add('scratch', needs='', steps=one, K=2, H=6, skip=True)
-    add('scratch_more', needs='scratch', K=2, H=6, skip=True)
+    add('scratch', 'scratch', '', one, K=2, H=6, skip=True)
+    add('scratch_more', 'scratch', 'scratch', K=2, H=6, skip=True)
     add('vanilla_own', 'vanilla')  # continues a phase one of its own seed, as scratch_more does
     add('same', K=2, H=6, skip=True, tied=True)
 
     # Beside MoM from scratch: each layer of the chunk is applied twice. What is reuse alone worth?
     twice = dict(phi='share', K=1, c_share=[0, 0, 1, 1, 2, 2, 3, 3])
-    add('twice', needs='', steps=one, **twice)
-    add('twice_more', needs='twice', **twice)
+    add('twice', 'scratch', '', one, **twice)
+    add('twice_more', 'scratch', 'twice', **twice)
 
     # Figures 3 and 5
     for f, a in GRID:

@@ -458,13 +458,14 @@ HOW = {  # what a stranger needs to know of a model
 CAN_SKIP = ' SKIP is a choice too: to take one module less.'
 
 
-def introduction(cfg, name, assembly, where, count):
-    """The first paragraph of the page."""
+def introduction(cfg, name, assembly, step, where, count):
+    """The first paragraph of the page. step: of training, after which the weights were saved."""
     how = HOW[cfg.phi].format(K=cfg.K, H=cfg.H, experts=cfg.experts)
     skip = CAN_SKIP * (cfg.skip and cfg.phi != 'mod')
+    step = f' with the weights of step {step}' * bool(step)
     return (f'<p>{html.escape(name)} is a model of {cfg.n_layer} layers, {html.escape(assembly)}. '
             f'{how}{skip} What a token takes at the steps of one chunk is its route. This page '
-            f'shows the routes of {count:,} tokens of {html.escape(where)}.</p>')
+            f'shows the routes of {count:,} tokens of {html.escape(where)}{step}.</p>')
 
 
 def hint(has_skip, is_bytes):

@@ -18,8 +18,8 @@ many steps (the paper's GPT-2 row has seen fewer than MoM's), and beside it one 
 many training FLOPs: its loss is interpolated, by the parabola over the logarithm of the FLOPs,
 through the nearest three of its continuations, each with its own schedule. The peak rate of phase
 two is tuned on the first seed for each family: the vanilla continuation, routers that begin at the
-layers, and all others; one cell of each finds the rate. What begins from scratch takes phase one's,
-or a rate of its own if the scale has one; --rate sets both.
+layers, what goes on from scratch, and all others; one cell of each finds the rate. What begins from
+scratch takes phase one's, or a rate of its own if the scale has one; --rate sets both.
 Seeds of phase two share one phase one, but for those that are compared with what is from scratch.
 """
 import csv
@@ -137,7 +137,7 @@ budgets = ['vanilla', *(name for name in recipes if name.startswith('vanilla_x')
 budgets.sort(key=lambda name: recipes[name].steps)  # and so by their FLOPs
 # What stands beside GPT-2 of as many FLOPs; Table 4's at scale paper are of another size.
 beside_gpt2 = [name for name, cell in recipes.items()
-               if cell.family in ('mom', 'layers') and cell.needs != 'phase_one_8']
+               if cell.family not in ('phase_one', 'vanilla') and cell.needs != 'phase_one_8']
 
 asked_rows = [row for table in chosen for row in rows[table]]
 known = unique(name for row in asked_rows for name in (row.cell, row.baseline))
@@ -252,7 +252,7 @@ def finished(run):
     Its results are then in records, and in `keep`. Raises ValueError if there is a run with other
     settings or of another text.
     """
-    if trained(run):
+    if run in records or trained(run):
         return True
     want = asked(run)
     if not want or not keep or not os.path.exists(kept(run, '.json')):
@@ -493,6 +493,7 @@ def heading():
         'loss of seed 1 (if the best is the first or the last, --rates is too short): '
         + '; '.join([tuning('vanilla', 'vanilla'),
                      tuning('layers', 'routers that begin at the layers, by {},'),
+                     tuning('scratch', 'what goes on from scratch'),
                      tuning('mom', 'all others, by {},')]) + '.']
 
 

@@ -87,8 +87,8 @@ if writes and os.path.isdir(out_dir):
 checkpoint = None
 if init_from == 'resume' or restarted and os.path.exists(last_pt):
     checkpoint = load_checkpoint(last_pt)
-    if init_from != 'resume' and overwrite and checkpoint.get('launch') != launch:
-        checkpoint = None  # of the run to be overwritten: our first start did not come that far
+    if init_from != 'resume' and checkpoint.get('launch') != launch:
+        checkpoint = None  # of another run: our first start did not come that far
 if checkpoint:
     parts = dict(settings=dict, optimizer=dict, scaler=dict, step=int, val_loss=float, val_step=int,
                  best_loss=float, meta=dict, rng=torch.Tensor)
@@ -206,8 +206,7 @@ if fsdp:  # each chunk is gathered when it runs
     # Nothing is done in place on the views that it warns of.
     warnings.filterwarnings('ignore', 'FSDP2-wrapped module .* returned a view')
 elif world > 1:
-    model = DistributedDataParallel(model, device_ids=None if device == 'cpu' else [device],
-                                    broadcast_buffers=False)  # they are constants
+    model = DistributedDataParallel(model, device_ids=None if device == 'cpu' else [device])
 optimizer = torch.optim.AdamW(raw.param_groups(weight_decay), lr=learning_rate,
                               betas=(beta1, beta2), fused=True)
 
@@ -324,7 +323,7 @@ def save():
         return
     state = dict(model=weights, model_config=asdict(cfg), settings=settings, optimizer=moments,
                  scaler=scaler.state_dict(), step=step, val_loss=val_loss, val_step=val_step,
-                 best_loss=best_loss, meta=meta, rng=torch.get_rng_state(),
+                 best_loss=best_loss, flops=flops, meta=meta, rng=torch.get_rng_state(),
                  torch=str(torch.__version__), launch=launch)
     try:
         with open(log_path, 'a') as f:
@@ -341,6 +340,7 @@ def save():
 launcher = ['torchrun', f'--nproc_per_node={world}'] if world > 1 else ['python']
 go_on = common.command(*launcher, 'train.py', f'--out_dir={out_dir}', '--init_from=resume')
 val_loss, val_step, best_loss, saved_step = math.inf, -1, math.inf, 'none'
+flops = raw.flops_per_token(block_size, merged=True)  # with all K modules, till it is measured
 if checkpoint:
     moments = checkpoint['optimizer']
     parameters = [p for group in optimizer.param_groups for p in group['params']]
@@ -358,7 +358,7 @@ if checkpoint:
     scaler.load_state_dict(checkpoint['scaler'])
     torch.set_rng_state(checkpoint['rng'])
     val_loss, val_step, best_loss = (checkpoint[k] for k in ('val_loss', 'val_step', 'best_loss'))
-    saved_step = step
+    saved_step, flops = step, checkpoint.get('flops', flops)
     need(not max_steps or checkpoint['meta'].get('train_sha256') == meta['train_sha256'],
          f'{data_dir} is not the data that the run in {out_dir} was trained on (train.bin differs)')
     if writes and val_step == step and val_loss == best_loss:
@@ -408,6 +408,9 @@ n_params, n_router = raw.num_params()
 say(common.changed(settings))
 say(f'{n_params:,} parameters, {n_router:,} of them in routers; {cfg.n_layer} layers of modules, '
     f'depth {cfg.depth}')
+idle = overrides.keys() - {'chunks', 'n_embd', 'n_head', 'block_size'} if cfg.vanilla else ()
+if idle:
+    say(f'without effect, as every chunk has one layer: {", ".join(sorted(idle))}')
 say(f'weights at step {step}: SHA-256 {sha256}')
 card = torch.cuda.get_device_name(device) if kind == 'cuda' else device
 say(f'{card} x {world}, {dtype}; a step is {batch_size} sequences = {batch_size * block_size:,} '
@@ -435,7 +438,6 @@ signal.signal(signal.SIGINT, ask_to_stop)
 if hasattr(signal, 'SIGHUP') and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # by nohup
     signal.signal(signal.SIGHUP, ask_to_stop)
 
-flops = raw.flops_per_token(block_size, merged=True)
 peak = common.peak_flops(device) if dtype != 'float32' else None
 times, started, first_step, skipped, stopping = [], time.time(), step, 0, False
 if not max_steps:
@@ -462,7 +464,7 @@ while not stopping:
         break
 
     began = time.perf_counter()
-    for group in optimizer.param_groups:
+    for group in optimizer.param_groups:  # all of them: a group's own rate would be lost
         group['lr'] = lr_at(step)
     loss_sum = torch.zeros((), device=device)
     for i, (x, y) in enumerate(train_batches(step)):

@@ -421,7 +421,7 @@ def checkpoint(folder, **kw):
     kill.write_data(folder / 'data', 30_000)
     model = stir(GPT(tiny(**{'vocab_size': 257, 'block_size': 32, **kw})), seed=1)
     (folder / 'run').mkdir()
-    content = dict(model=model.state_dict(), model_config=asdict(model.cfg),
+    content = dict(model=model.state_dict(), model_config=asdict(model.cfg), step=60,
                    meta=dict(tokenizer='bytes'), settings=dict(data_dir=str(folder / 'data')))
     torch.save(content, folder / 'run' / 'last.pt')
     (folder / 'run' / 'log.csv').write_text(
@@ -453,6 +453,7 @@ def test_the_command_draws_and_writes_what_it_says(tmp_path):
     analysis = json.loads((folder / 'analysis.json').read_text())
     assert f'{analysis["tokens"]:,} tokens. Loss {analysis["loss"]["as_it_is"]:.4f}' in out
     page = (folder / 'page.html').read_text()
+    assert 'story.txt with the weights of step 60.' in page  # of 100 that the log has
     reader = Reader()
     reader.feed(page)
     ids = list(story.encode())

@@ -228,7 +228,7 @@ common.leave_processes()
 
 
 @pytest.mark.parametrize('run_id', ['another', 'none'])
-def test_a_restart_does_not_take_up_the_run_that_was_to_be_overwritten(
+def test_a_restart_does_not_take_up_an_older_run(
         run_id, whole, phase_two, tmp_path, monkeypatch):
     out = tmp_path / 'run'
     if run_id == 'none':  # of every torchrun on one machine that is told none
@@ -242,6 +242,9 @@ def test_a_restart_does_not_take_up_the_run_that_was_to_be_overwritten(
     # The first start died before it had done anything.
     monkeypatch.setenv('TORCHELASTIC_RESTART_COUNT', '1')
     monkeypatch.setenv('TORCHELASTIC_RUN_ID', run_id)
+    before = (out / 'last.pt').read_bytes()
+    assert 'holds a run' in train(out, *phase_two, '--seed=9', fails=True)
+    assert (out / 'last.pt').read_bytes() == before
     for steps in (4, 8):  # and this one after four steps
         text = train(out, *phase_two, f'--max_steps={steps}', '--overwrite=True', '--seed=9')
         assert f'weights at step {steps - 4}' in text and last(out)['step'] == steps
@@ -261,6 +264,17 @@ def test_evaluation_changes_no_step_of_phase_two(whole, phase_two, tmp_path):
     mine, other = last(tmp_path / 'run'), last(whole)
     for key in ('model', 'optimizer', 'rng'):
         assert kill.equal(mine[key], other[key]), key
+
+
+def test_what_a_token_costs_is_known_after_a_stop(phase_two, tmp_path):
+    found = []
+    for steps, args in ((5, phase_two), (1, RESUME)):
+        stop_at(steps, tmp_path / 'run', *args)
+        found.append(last(tmp_path / 'run')['flops'])
+    end = last(tmp_path / 'run')
+    assert end['val_step'] == 4 < end['step'] and found[0] == found[1]
+    cfg = model.MoMConfig(**end['model_config'])
+    assert 0 < found[0] < model.GPT(cfg).flops_per_token(cfg.block_size, merged=True)
 
 
 def test_a_folder_takes_one_run(phase_two, tmp_path):
@@ -400,6 +414,13 @@ def test_float16_saves_its_scaler_and_resumes_bit_for_bit(data, tmp_path):
     train(tmp_path / 'run', *RESUME)
     assert kill.differences(tmp_path / 'whole', tmp_path / 'run') == []
     assert last(tmp_path / 'whole')['scaler']['_growth_tracker'] > 0
+    # The gradients are clipped, and logged, without the factor that the loss is scaled by.
+    train(tmp_path / 'full', *args[:-1], '--dtype=float32')
+    norms = []
+    for name in ('whole', 'full'):
+        with open(tmp_path / name / 'log.csv') as f:
+            norms.append([float(row['grad_norm']) for row in csv.DictReader(f) if row['grad_norm']])
+    assert norms[0] == pytest.approx(norms[1], rel=0.02)
 
 
 ONE_STEP = {'mom': ['--K=3', '--H=1'], 'moe': [*SYSTEMS['moe'], '--router=gru']}

@@ -202,6 +202,13 @@ def test_what_is_printed_differs_from_the_defaults_and_all_is_kept(phase_two):
     assert 'MFU' not in stdout  # of a CPU nobody knows the peak
 
 
+def test_settings_without_effect_are_said(phase_one, phase_two, text, tmp_path):
+    more = [f'--data_dir={text}', *TINY, '--K=3', '--H=2', '--max_steps=0']
+    said = 'without effect, as every chunk has one layer: H, K\n'
+    assert said in run(*more) and said in run(*more, f'--init_from={phase_one}')
+    assert 'without effect' not in phase_two[1]
+
+
 @pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
 def test_mfu_is_of_the_peak_in_16_bits(dtype, text, tmp_path, monkeypatch):
     monkeypatch.setattr(common, 'peak_flops', lambda device: 1e9)  # as of a card
