@@ -238,8 +238,8 @@ PHI = {
 }
 ONE_OR_SKIP = ('layer_skip', 'early_exit')
 
-# What a chunk is made of. layers_A, layers_F: the layers of the chunk that its modules are
-# (counted from 0). N_A, N_F: how many modules there are; only under `tied` more than layers.
+# What a chunk is made of. layers_A, layers_F: which layers of the chunk its modules come from
+# (counted from 0). N_A, N_F: how many modules; more than layers only under `tied`.
 Plan = namedtuple('Plan', 'phi H N_A N_F layers_A layers_F')
 
 
@@ -296,7 +296,7 @@ class Chunk(nn.Module):
         self.rule_A, self.rule_F = PHI[plan.phi]
         self.attn = Pool(Attention, plan.N_A, len(plan.layers_A), C)
         self.ffn = Pool(FeedForward, plan.N_F, len(plan.layers_F), C)
-        # router_a, router_f, router_t: by these names they are counted, and stay fp32 (is_router).
+        # is_router finds router_a, router_f, router_t by name: they are counted, and stay fp32.
         routed_A, routed_F = self.rule_A == 'routed', self.rule_F == 'routed'
         E_A, E_F = self.N_A + cfg.skip, self.N_F + cfg.skip
         self.router_a = Router(cfg, E_A, self.H, self.N_A) if routed_A else None
@@ -307,7 +307,7 @@ class Chunk(nn.Module):
         if self.phi == 'mod':
             self.router_t = Router(cfg, 1, 1)
             self.predictor = nn.Sequential(nn.Linear(C, R), nn.GELU(), nn.Linear(R, 1))
-            c = min(cfg.capacity, 0.999)  # the probability that it begins with: what it will be
+            c = min(cfg.capacity, 0.999)  # its first probability: the share to be chosen
             nn.init.constant_(self.predictor[-1].bias, math.log(c / (1 - c)))
         self.prepare_merging()
 
@@ -362,7 +362,7 @@ class Chunk(nn.Module):
     def qkv(self, pools, x, d):
         """The inner, unweighted sums of Eq. 5: tokens x (M, C) -> their q, k, v (M, 3C).
 
-        The first line is all of Eq. 5. The second makes the same numbers by merged matrices.
+        The first return is Eq. 5 as written. The second gets the same from merged matrices.
         """
         if pools.merged is None:
             return assemble(attn_in, pools.attn, x, d, weighted=self.cfg.weigh_qkv)
@@ -621,7 +621,7 @@ def is_router(name):  # of a parameter
 class LossInParts(torch.autograd.Function):
     """cross_entropy(x w^T, targets) and its gradients, part by part: x (M, C), w (V, C).
 
-    The gradients are made at once with the loss, so that no logits are kept, nor made twice.
+    The gradients are computed with the loss, so that logits are not kept or made twice.
     torch 2.13's F.linear_cross_entropy does as much, but ends the graph of torch.compile.
     """
 
@@ -723,7 +723,7 @@ def sort_picks(ids, N, everything, x):
 def sort_rows(ids, N, on_device):
     """Sort the M K picks ids by module -> Sorted, or SortedOnDevice, which does not wait for it."""
     K = ids.size(1)
-    # A GPU sorts a few bits at a time: 16 of them, not 64, spares it most of 21 kernels.
+    # A GPU sorts a few bits at a time: 16-bit keys, not 64, save most of 21 kernels.
     module, order = ids.flatten().short().sort(stable=True)
     rows = torch.arange(len(order), device=order.device)
     inverse = torch.empty_like(order).scatter_(0, order, rows)

@@ -65,7 +65,7 @@ RATIOS = {
     1: dict(batch_size=8, eval_tokens=100_000, rate=12e-3, rates=[1e-3, 2e-3, 4e-3, 8e-3]),
     4: dict(batch_size=8, eval_tokens=100_000, rate=6e-3, rates=[2e-3, 4e-3, 8e-3, 16e-3]),
     16: dict(batch_size=32, eval_tokens=300_000, rate=12e-3, rates=[2e-3, 4e-3, 8e-3, 16e-3]),
-    85: dict(batch_size=32, eval_tokens=300_000, rate=24e-3, rates=[1e-3, 2e-3, 4e-3, 8e-3],
+    85: dict(batch_size=32, eval_tokens=300_000, rate=24e-3, rates=[1e-3, 2e-3, 4e-3, 8e-3, 16e-3],
              scratch=12e-3, evaluations=8, only='axis,table1,table2,fig4,starts')}
 # The paper's: 20,000 steps of 512 x 1,024 tokens, by the parameters of each size.
 PAPER_RATIOS = {'small': 85, 'medium': 30, 'large': 14}

@@ -52,7 +52,7 @@ def prepared(model, several=False):
     training mode, by any optimizer's step, or by `forget(model)`. A change through `.data` is not
     seen.
     """
-    # The tensors are held, so that no new weight can come to lie where an old one was.
+    # The tensors are kept alive, so that no new weight gets an old one's address.
     weights = [(p.detach(), object() if p.is_inference() else p._version)
                for p in model.parameters()]
     now = [torch.is_autocast_enabled(model.wte.weight.device.type)]  # it decides what is made
@@ -160,7 +160,7 @@ class Cache:
         """Where the next T tokens stand in their texts: (T,), or (B, T) if rows differ.
 
         To be called once per forward pass, before any step extends the cache. count (B,): the first
-        `count` of the T tokens of a row are real; None: all are, and have been.
+        `count` of the T tokens of a row are real; None: all are, and all were.
         """
         new = torch.arange(T, device=self.tokens.device)
         self.first, self.length = self.length, self.length + T
@@ -442,7 +442,7 @@ def beam_search(decoder, max_new_tokens, beams, stop):
     since = 0 if decoder.model.cfg.phi == 'mod' else int(start.min())
     decoder.select(torch.arange(B, device=device).repeat_interleave(beams))
     running = torch.full((B, beams), -math.inf, device=device)       # sums of log-probabilities
-    running[:, 0] = 0                                                # all are equal: one speaks
+    running[:, 0] = 0                                                # all are equal: one counts
     finished = torch.full((B, beams), -math.inf, device=device)      # means of log-probabilities
     kept = decoder.text.view(B, beams, -1).clone()                   # the texts that they are of
     likeliest = torch.arange(2 * beams, device=device) < beams

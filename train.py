@@ -9,7 +9,7 @@
 
 The defaults are the paper's recipe (section 4.1). Any setting: in a config file, or as --key=value.
 Settings of the model are the fields of MoMConfig (model.py), except vocab_size, which comes from
-the data. One that is not given is that of the weights that the run starts from.
+the data. Any not given come from the weights that the run starts from.
 """
 import csv
 import importlib.util
@@ -88,7 +88,7 @@ checkpoint = None
 if init_from == 'resume' or restarted and os.path.exists(last_pt):
     checkpoint = load_checkpoint(last_pt)
     if init_from != 'resume' and checkpoint.get('launch') != launch:
-        checkpoint = None  # of another run: our first start did not come that far
+        checkpoint = None  # of another run: ours ended before its first checkpoint
 if checkpoint:
     parts = dict(settings=dict, optimizer=dict, scaler=dict, step=int, val_loss=float, val_step=int,
                  best_loss=float, meta=dict, rng=torch.Tensor)
@@ -96,7 +96,7 @@ if checkpoint:
             and {'state', 'param_groups'} <= checkpoint['optimizer'].keys()):
         raise ValueError(f'{last_pt} holds weights, but no training to resume: begin one with '
                          f'--init_from={last_pt}')
-    # What this command line does not say is as it was, but for the folder, which may have moved.
+    # Settings not given here stay as they were, except the folder, which may have moved.
     was = {k: v for k, v in checkpoint['settings'].items()
            if k in settings and k != 'out_dir' and (k not in given or k == 'init_from')}
     before = {**settings, **checkpoint['settings']}
@@ -259,8 +259,8 @@ def evaluate():
     feed-forward.
 
     The sequences are evenly spread over val.bin and never drawn at random: no evaluation changes a
-    training step. The loss is the mean over all of their tokens, however many the processes. None
-    if a signal interrupts it, since the sender may not wait for its end; resuming does it again.
+    training step. The loss is the mean over all of their tokens, however many the processes.
+    Returns None if a signal interrupts it, as the sender may not wait; resuming evaluates again.
     """
     picked = dict.fromkeys('AF', 0)  # modules, SKIP is none
     asked = dict.fromkeys('AF', 0)   # tokens that they were picked for
@@ -269,7 +269,7 @@ def evaluate():
     mine = (np.arange(n) * room // n * block_size)[rank::world]
     loss_sum = 0.0
     raw.eval()  # MoD chooses its tokens without looking at the future
-    # As often in every process: sharded weights are gathered by all together.
+    # Equally often in every process: all must join to gather sharded weights.
     for at in range(0, -(-n // world), micro):
         now = mine[at:at + micro]
         if common.all_sum(device, stop)[0] if fsdp else stop or not len(now):
@@ -464,7 +464,7 @@ while not stopping:
         break
 
     began = time.perf_counter()
-    for group in optimizer.param_groups:  # all of them: a group's own rate would be lost
+    for group in optimizer.param_groups:  # each gets this rate, and loses its own
         group['lr'] = lr_at(step)
     loss_sum = torch.zeros((), device=device)
     for i, (x, y) in enumerate(train_batches(step)):
