@@ -205,7 +205,7 @@ if fsdp:  # each chunk is gathered when it runs
     register_fsdp_forward_method(raw, 'features')  # evaluation calls it
     # Nothing is done in place on the views that it warns of.
     warnings.filterwarnings('ignore', 'FSDP2-wrapped module .* returned a view')
-elif world > 1:
+elif world > 1:  # it broadcasts a few hundred bytes of constants: torch 2.13 warns if told not to
     model = DistributedDataParallel(model, device_ids=None if device == 'cpu' else [device])
 optimizer = torch.optim.AdamW(raw.param_groups(weight_decay), lr=learning_rate,
                               betas=(beta1, beta2), fused=True)
