@@ -421,8 +421,7 @@ def main():
     texts, kinds = texts_and_kinds(tokenizer, idx, before)
     name, place = common.run_name(source), os.path.basename(os.path.abspath(data))
     read = os.path.basename(text) or f'the validation text in {place}'
-    start = report.introduction(cfg, name, assembly(cfg), saved.get('step', ''), read,
-                                idx[:, 1:].size)
+    start = report.introduction(cfg, name, assembly(cfg), saved.get('step'), read, idx[:, 1:].size)
     numbers, named = analyse(model, idx, kinds, where, batch, seed)
     chunks, loss = numbers['chunks'], numbers['loss']
     said = report.conclusion(own, base)

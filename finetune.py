@@ -16,7 +16,7 @@ def find_split(folder, split, optional=False):
     """The file of a split, or its shards (train-00000-of-00002.parquet) in order -> their paths.
 
     validation may be called dev. If the split is not there: [] where `optional`, else ValueError.
-    Also raises ValueError for a split that is there twice, or that lacks shards.
+    Also raises ValueError for a split that is there twice, or whose shards are not each there once.
     """
     names = dict.fromkeys([split, split.replace('validation', 'dev')])
     pattern = re.compile(rf'({"|".join(names)})(-(\d+)-of-(\d+)(-\w+)?)?(\.\w+)')
