@@ -4,6 +4,7 @@ Commands are read by common.load itself, with the settings of the script that th
 """
 import ast
 import glob
+import json
 import os
 import re
 import shlex
@@ -208,3 +209,10 @@ def test_citation_file_names_the_paper_of_readme():
     bibtex = re.sub(r'\s+', ' ', fences('README.md', 'bibtex')[0])
     assert ' and '.join(names) in bibtex
     assert paper['title'] in bibtex and paper['journal'] in bibtex and str(paper['year']) in bibtex
+
+
+def test_kept_results_are_of_the_text_that_docs_name():
+    kept = [path for path in paths('docs/data/*/*.json') if not path.endswith('results.json')]
+    sums = {json.loads(read(path))['train_sha256'] for path in kept}
+    assert len(kept) > 100 and len(sums) == 1
+    assert f'begins with {sums.pop()[:8]},' in read('docs/results.md')
