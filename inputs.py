@@ -233,7 +233,8 @@ def read_data(folder, weights):
                              + prepare_command(folder, weights))
         other = folder.rstrip('/') + '_prepared'
         raise ValueError(f'{folder} holds .bin files of another program (no meta.json), which stay '
-                         'as they are. For data of prepare.py take '
+                         f"as they are. If they are nanoGPT's, `python prepare.py "
+                         f'--dataset={shlex.quote(folder)}` adds one. For data of prepare.py take '
                          f'--data_dir={shlex.quote(other)}, and make it with '
                          f'{prepare_command(folder, weights, other)}')
 

@@ -4,6 +4,7 @@
   python prepare.py --dataset=openwebtext        the paper's corpus, 9 B tokens; needs the Hub
   python prepare.py --dataset=HuggingFaceFW/fineweb-edu --hub_config=sample-10BT
   python prepare.py --dataset=book.txt,more/ --tokenizer=bytes      files and folders of your own
+  python prepare.py --dataset=nanoGPT/data/openwebtext    nanoGPT's .bin files, taken as they are
 
 A .bin file is one long row of little-endian uint16 ids in which <|endoftext|> ends every document.
 Memory stays flat: a text of any length goes through in pieces of about 1 MB. (A line of .jsonl or
@@ -350,14 +351,20 @@ def draw(ends, count, seed):
     return sorted(ranges)
 
 
+def bytes_of_tokens(tok):
+    """(V,): how many bytes of text each token is."""
+    sizes = np.array([len(tok.decode_single_token_bytes(i)) for i in range(tok.n_vocab)])
+    sizes[tok.eot_token] = 0  # a mark, no text
+    return sizes
+
+
 def copy_splits(tokens, train, val, ranges, total, tok):
     """Copy the `ranges` of the file `tokens` to the file `val`, all else to `train`.
 
     Returns val's bytes of text, counted by token: exact also where the split falls inside a
     document, or inside a character; and the SHA-256 of train and of val.
     """
-    sizes = np.array([len(tok.decode_single_token_bytes(i)) for i in range(tok.n_vocab)])
-    sizes[tok.eot_token] = 0  # a mark, no text
+    sizes = bytes_of_tokens(tok)
     train_sha, val_sha = hashlib.sha256(), hashlib.sha256()
     val_bytes = at = 0
     tokens.seek(0)
@@ -379,8 +386,8 @@ def look_before_replacing(out):
     """Say which preparation in `out` will go. Raises ValueError if files there are of others."""
     try:
         meta = json.loads(common.read_text(os.path.join(out, 'meta.json')))
-        if meta.pop('seal') != common.seal(meta):
-            raise ValueError('it was changed')
+        if meta.pop('seal') != common.seal(meta) or 'seed' not in meta:
+            raise ValueError('it was changed, or adopted')
     except (ValueError, KeyError, TypeError, AttributeError):  # none, no JSON, no object, not ours
         meta = None
     for name in ('train.bin', 'val.bin', 'meta.json'):
@@ -396,11 +403,51 @@ def look_before_replacing(out):
               'files are whole')
 
 
+def adopt(folder, tok):
+    """meta.json beside nanoGPT's train.bin and val.bin in a folder, which stay as they are.
+
+    Raises ValueError if they cannot be tok's ids.
+    """
+    if out_dir:
+        raise ValueError(f'{folder} holds .bin files, which stay where they are: leave --out_dir '
+                         'out')
+    if os.path.exists(os.path.join(folder, 'meta.pkl')):
+        raise ValueError(f"{folder} holds nanoGPT's meta.pkl, so its tokens are of a vocabulary of "
+                         'their own: give the text')
+    sizes, documents = bytes_of_tokens(tok), 0
+    meta = dict(format=1, tokenizer=tokenizer, vocab_size=tok.n_vocab, eot=tok.eot_token,
+                source=f'.bin files in {os.path.basename(os.path.abspath(folder))}')
+    for split in 'train', 'val':
+        path = os.path.join(folder, f'{split}.bin')
+        size, text_bytes, digest = os.path.getsize(path), 0, hashlib.sha256()
+        if size < 4 or size % 2:
+            raise ValueError(f'{path} has {size} bytes, which are not two or more ids of two')
+        with open(path, 'rb') as f, tqdm(total=size, unit='B', unit_scale=True, desc=split) as bar:
+            while piece := f.read(2 * PIECE):
+                ids = np.frombuffer(piece, dtype='<u2')
+                if ids.max() >= tok.n_vocab:
+                    raise ValueError(f'{path} holds id {ids.max()}, and tokenizer={tokenizer} has '
+                                     f'{tok.n_vocab} tokens: name its own, or give the text')
+                digest.update(piece)
+                documents += int((ids == tok.eot_token).sum())
+                text_bytes += int(sizes[ids].sum())
+                bar.update(len(piece))
+        meta |= {f'{split}_tokens': size // 2, f'{split}_bytes': text_bytes,
+                 f'{split}_sha256': digest.hexdigest()}
+    meta['documents'] = documents
+    meta['seal'] = common.seal(meta)
+    common.write_text(os.path.join(folder, 'meta.json'), json.dumps(meta, indent=2) + '\n')
+    return meta
+
+
 def main():
     for key, value in dict(val_tokens=val_tokens, seed=seed, workers=workers).items():
         if value < 0:
             raise ValueError(f'{key}={value} must be at least 0')
     tok = inputs.tokenizer(tokenizer)
+    bins = [os.path.join(dataset, name) for name in ('train.bin', 'val.bin')]
+    if all(map(os.path.exists, bins)) and not os.path.exists(os.path.join(dataset, 'meta.json')):
+        return say(dataset, adopt(dataset, tok))
     documents, source, size, name = corpus()
     out = common.results_folder(out_dir or os.path.join('data', f'{name}_{tokenizer}'))
     common.lock_folder(out)
@@ -415,7 +462,13 @@ def main():
             raise
         raise ValueError(f'{out} takes no more ({error.strerror}): make room there, about 4 bytes '
                          'a token, or name a folder on another disk, --out_dir=FOLDER') from error
-    print(f'{source}: {text_bytes:,} bytes of text, {len(ends):,} of its documents not empty\n'
+    say(out, meta)
+
+
+def say(out, meta):
+    text_bytes = meta['train_bytes'] + meta['val_bytes']
+    print(f'{meta["source"]}: {text_bytes:,} bytes of text, {meta["documents"]:,} of its documents '
+          'not empty\n'
           f'{out}: train.bin {meta["train_tokens"]:,} tokens, val.bin {meta["val_tokens"]:,}\n'
           f'next: {common.command("python", "train.py", f"--data_dir={out}")}')
 

@@ -484,6 +484,48 @@ def test_files_of_others_are_never_replaced(tmp_path, monkeypatch):
     check(tmp_path / 'out', ['some text'])
 
 
+def write_bins(folder, tok, split_at):
+    """As nanoGPT's prepare.py: ids of documents that <|endoftext|> ends, in two files."""
+    ids = [tok.encode_ordinary(text) + [tok.eot_token] for text in DOCUMENTS]
+    folder.mkdir(exist_ok=True)
+    for split, its in (('train', ids[:split_at]), ('val', ids[split_at:])):
+        np.array(sum(its, []), dtype=np.uint16).tofile(folder / f'{split}.bin')
+
+
+def test_bins_of_nanogpt_are_taken_as_they_are(tmp_path, monkeypatch, capsys):
+    tok, folder = TOKENIZERS['gpt2'], tmp_path / 'openwebtext'
+    write_bins(folder, tok, split_at=5)
+    before = [(folder / name).read_bytes() for name in ('train.bin', 'val.bin')]
+    monkeypatch.setattr(prepare, 'PIECE', 64)  # several pieces
+    main(monkeypatch, f'--dataset={folder}')
+    assert f'train.py --data_dir={folder}' in capsys.readouterr().out
+    assert [(folder / name).read_bytes() for name in ('train.bin', 'val.bin')] == before
+    meta = inputs.read_data(str(folder), 'scratch')  # which looks at sizes, ids and SHA-256 sums
+    assert meta['documents'] == len(DOCUMENTS)
+    assert meta['train_bytes'] == sum(len(text.encode()) for text in DOCUMENTS[:5])
+    assert meta['val_bytes'] == sum(len(text.encode()) for text in DOCUMENTS[5:])
+    (tmp_path / 'a.txt').write_text('some text')
+    with pytest.raises(ValueError, match='stays as it is'):  # they are never replaced
+        main(monkeypatch, f'--dataset={tmp_path}/a.txt', f'--out_dir={folder}')
+
+
+def test_bins_that_are_not_of_the_tokenizer_are_refused(tmp_path, monkeypatch):
+    write_bins(tmp_path / 'bins', TOKENIZERS['gpt2'], split_at=5)
+    asked = f'--dataset={tmp_path}/bins'
+    with pytest.raises(ValueError, match='leave --out_dir out'):
+        main(monkeypatch, asked, f'--out_dir={tmp_path}/out')
+    with pytest.raises(ValueError, match='tokenizer=bytes has 257 tokens'):
+        main(monkeypatch, asked, '--tokenizer=bytes')
+    with open(tmp_path / 'bins' / 'val.bin', 'ab') as f:
+        f.write(b'x')
+    with pytest.raises(ValueError, match='not two or more ids'):
+        main(monkeypatch, asked)
+    (tmp_path / 'bins' / 'meta.pkl').write_bytes(b'')  # of shakespeare_char
+    with pytest.raises(ValueError, match='vocabulary of their own'):
+        main(monkeypatch, asked)
+    assert not (tmp_path / 'bins' / 'meta.json').exists()
+
+
 def test_it_says_which_preparation_it_replaces(tmp_path, monkeypatch, capsys):
     for name in ('one', 'two'):
         (tmp_path / f'{name}.txt').write_text(f'text {name}')
