@@ -257,6 +257,16 @@ def transitions(masks, N):
     return flow / np.maximum(flow.sum(1, keepdims=True), 1e-15)
 
 
+def another_occurrence(token, rng):
+    """Tokens (M,) -> (M,), a permutation: each one's partner, another of its kind if there is."""
+    order = np.lexsort((rng.random(len(token)), token))  # by kind, at random within it
+    kind = token[order]
+    last = np.append(kind[1:] != kind[:-1], True)        # of its kind: it takes the first
+    partner = np.empty_like(order)
+    partner[order] = np.where(last, order[np.searchsorted(kind, kind)], np.roll(order, -1))
+    return partner
+
+
 def analyse(model, idx, kinds, device, batch, seed):
     """All numbers, as a dict for JSON; and of each (chunk, kind) the tokens' routes: numbers (M,),
     the commonest is 0, and their names."""
@@ -264,10 +274,8 @@ def analyse(model, idx, kinds, device, batch, seed):
     loss, decisions = run(model, idx, device, batch, name='pass 1 of 4, own routes')
     token, position = idx[:, :-1].flatten(), np.tile(np.arange(T), len(idx))
     M = len(token)
-    equal = np.empty(M, dtype=np.int64)  # each token -> another occurrence of it
-    equal[np.argsort(token, kind='stable')] = np.lexsort((rng.random(M), token))
     others = {'shuffled': shuffled(decisions, rng.permutation(M)),
-              'shuffled_equal': shuffled(decisions, equal),
+              'shuffled_equal': shuffled(decisions, another_occurrence(token, rng)),
               'frozen': frozen(decisions)}
     losses = {'as_it_is': loss}
     for n, (name, decide) in enumerate(others.items()):

@@ -365,7 +365,8 @@ def runs_table(runs):
 
 def losses_table(loss):
     meaning = {'as_it_is': 'its own routes',
-               'shuffled_equal': 'the routes of another occurrence of the same token',
+               'shuffled_equal': 'the routes of another occurrence of the same token, or its own '
+                                 'if there is none',
                'shuffled': 'the routes of any other token',
                'frozen': 'one route for all: at each step the commonest choice'}
     rows = [['the same model with', 'nats per token', 'more than its own']]

@@ -10,7 +10,8 @@
 
 A cell is one run of train.py, in its own folder of out_dir. One that is finished is not done again,
 one that was stopped goes on: after Ctrl-C, or anything worse, the same command continues.
-results.md, results.json and the figures are written anew after every cell.
+results.md, results.json and the figures are written anew after every cell; with --keep, at the end
+axis.png of all reports in folders beside that one.
 
 How it is compared. Phase two starts from the same phase one and sees the same batches in the same
 order for as many steps, under the same schedule. The baseline is the vanilla model continued for as
@@ -172,7 +173,7 @@ def kept(run, suffix):
 def rate_of(name):
     """The peak learning rate of a cell: a setting from scratch, else its family's best on seed 1.
 
-    None while results to choose by are not all in; a report chooses by what is there.
+    None while there is no result to choose by.
     """
     cell = recipes[name]
     if not cell.needs:
@@ -181,8 +182,14 @@ def rate_of(name):
         return rates[0]
     probe = S['probes'][cell.family]
     tried = {rate: records[probe, rate, 1]['loss'] for rate in rates if (probe, rate, 1) in records}
-    if report or len(tried) == len(rates):
-        return min(tried, key=tried.get, default=None)
+    return min(tried, key=tried.get, default=None)
+
+
+def probes(names):
+    """The runs by which the rates of these cells' families are chosen."""
+    families = {recipes[name].family for name in names} if len(rates) > 1 else ()
+    return [(probe, rate, 1) for family, probe in S['probes'].items() for rate in rates
+            if family in families]
 
 
 def tuned(name, seed):
@@ -455,12 +462,14 @@ COLUMNS = ('system', 'seeds', 'loss', 'perplexity', 'bits/byte', 'steps', 'PFLOP
 def write_report():
     """results.md, results.json and the figures, in out_dir; with `keep`, there too."""
     drawing = {'fig3': draw_fig3, 'fig4': draw_fig4, 'fig5': draw_fig5, 'starts': draw_starts}
-    drawn = {table: drawing[table]() for table in chosen if table in drawing}
+    drawn = [table for table in chosen if table in drawing]
+    for table in drawn:
+        drawing[table]()
     result = dict(command=common.command('python', *sys.argv), settings=settings,
                   scale=dict(S, rates=rates),
                   rows={table: [numbers_of(row) for row in rows[table]] for table in chosen},
                   claims=[judge_all(claim) for claim in claims if claim.table in chosen],
-                  fig5_curves=drawn.get('fig5', {}), failed=failed)
+                  failed=failed)
     lines = heading()
     for table in chosen:
         lines += ['', f'## {paper.TITLES[table]}', '', markdown(*COLUMNS), '|' + '---|' * 12]
@@ -592,8 +601,6 @@ def draw_fig4():
 
 
 def draw_fig5():
-    """Returns what is drawn, at most 400 points of each curve, as {cell: {key: [x, y]}}."""
-    curves = {}
     fig, axes = plt.subplots(1, 2, figsize=(10, 4), layout='constrained')
     for row in rows['fig5']:
         if not record(row.cell, 1):
@@ -607,15 +614,12 @@ def draw_fig5():
             drawn, = ax.plot(x, y, label=row.label)
             if key == 'grad_norm':
                 ax.plot(every, values, color=drawn.get_color(), alpha=0.2, lw=0.5)
-            thin = slice(None, None, max(1, len(x) // 200))
-            curves.setdefault(row.cell, {})[key] = [x[thin].tolist(), y[thin].tolist()]
     for ax, title in zip(axes, ('training loss, nats per token', 'gradient norm, before clipping')):
         ax.set(xlabel='step', ylabel=title)
         if ax.lines:
             ax.legend()
     axes[1].set_yscale('log')
     save_figure(fig, 'fig5')
-    return curves
 
 
 def draw_starts():
@@ -640,13 +644,17 @@ def draw_starts():
 
 
 def draw_axis(where):
-    """axis.png in a folder of kept results: differences from GPT-2 by tokens per parameter."""
+    """axis.png in a folder of kept results: differences from GPT-2 by tokens per parameter.
+
+    Of reports at the scale's own rates of phase one: another --rate is another axis.
+    """
     tables = {}  # ratio -> its rows, by label
     for path in glob.glob(os.path.join(where, '*', 'results.json')):
         with open(path, encoding='utf-8') as f:
             one = json.load(f)
-        if one['settings'].get('scale') == 'ratio' and 'axis' in one['rows']:
-            tables[one['settings']['ratio']] = {row['label']: row for row in one['rows']['axis']}
+        its = one['settings']
+        if its.get('scale') == 'ratio' and not its.get('rate') and 'axis' in one['rows']:
+            tables[its['ratio']] = {row['label']: row for row in one['rows']['axis']}
     labels = sorted(row.label for row in rows['axis'] if 'GPT-2' not in row.label)
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout='constrained', sharey=True)
     for ax, which, as_many in zip(axes, ('difference', 'equal_flops'), ('steps', 'FLOPs')):
@@ -810,22 +818,20 @@ keep = common.results_folder(keep) if keep else ''
 folders = [out_dir, keep] if keep else [out_dir]
 seeds_there = [re.search(r'_seed(\d+)', name) for where in folders for name in os.listdir(where)]
 last_seed = max([seeds, most_seeds, *(int(match[1]) for match in seeds_there if match)])
-probes = [(probe, rate, 1) for family, probe in S['probes'].items() for rate in rates
-          if len(rates) > 1 and any(recipes[name].family == family for name in wanted)]
 common.lock_folder(out_dir)
 if not report:
     train_sha256 = prepared()
 common.if_stopped = 'The same command goes on: ' + common.command('python', *sys.argv)
 
 # Seeds that another call has trained belong into every report of this one.
-for run in with_needs(probes):
+for run in with_needs(probes(known)):
     finished(run)
 for run in with_needs(tuned(name, seed) for name in known for seed in range(1, last_seed + 1)):
     finished(run)
 
 if not report:
-    train('learning rates', with_needs(probes))
-    if any(run not in records for run in probes):
+    train('learning rates', with_needs(probes(wanted)))
+    if any(run not in records for run in probes(wanted)):
         reasons = '; '.join(f'{where} failed: {why}' for where, why in failed.items())
         raise ValueError('the learning rate cannot be chosen; the same command tries again, and '
                          f'--rates may leave one out: {reasons}')

@@ -336,3 +336,15 @@ def test_a_report_in_docs_follows_from_the_results_beside_it(folder, tmp_path):
                           text=True)
     assert done.returncode == 0, done.stderr
     assert (tmp_path / 'kept' / 'results.md').read_text().splitlines()[3:] == page[3:]
+
+
+def test_a_report_of_some_cells_has_all_that_are_there(tmp_path):
+    """Also those of families whose rate none of the cells asked for needs."""
+    kept = pathlib.Path(common.ROOT, 'docs', 'data', 'ratio_1')
+    shutil.copytree(kept, tmp_path / 'kept')
+    words = ['--scale=ratio', '--ratio=1', '--only=axis', '--cells=k2h6s', '--report=True',
+             f'--out_dir={tmp_path}/out', f'--keep={tmp_path}/kept']
+    subprocess.run(command('reproduce.py', *words), cwd=common.ROOT, env=ENV, check=True)
+    found, want = [[row['runs'] for row in results(folder)['rows']['axis']]
+                   for folder in (tmp_path / 'out', kept)]
+    assert found == want and all(found)
