@@ -38,7 +38,7 @@ systems: $(VENV)/installed data/sotu_bytes/meta.json
 	$(SYSTEM) --out_dir=out/systems/layer_skip --phi=layer_skip --K=1
 	$(SYSTEM) --out_dir=out/systems/early_exit --phi=early_exit --K=1
 	$(SYSTEM) --out_dir=out/systems/share --phi=share --K=1 '--c_share=[0,0,2,2]'
-	@cd out/systems && echo && $(abspath $(PY)) ../../bench.py runs \
+	@cd out/systems && echo && $(abspath $(PY)) ../../bench.py runs --out_dir=../bench \
 	  --of=vanilla,mom_k2h6s,mom_k3h2s,mom_k3h1s,mom_same,moe,moe_share,mod,layer_skip,early_exit,share
 
 reproduce: $(VENV)/installed

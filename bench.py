@@ -29,15 +29,14 @@ the rows that come out as ours do: all, but for near ties.
 CTranslate2 never writes the last id, which ends a text there. It is needed for nothing else: pip
 install ctranslate2. What MoM reads is counted of the texts: with beams, of the best.
 
-Peak memory is torch's on a GPU, weights and optimizer included; on the CPU it is the process's,
-until the first model has run twice. The result is one JSON object: mode, machine, and the rows of
-the table ('runs' in runs, else 'rows'); train, forward and decode add 'ratios', of the first row to
-each other, and 'trace' with --profile=True. It is the last line on stdout; in a terminal it goes to
-out_dir/MODE.json.
+Peak memory is torch's on a GPU, weights and optimizer included; on the CPU it is the process's, and
+only without --compare. The result is one JSON object: mode, machine, the rows of the
+table, the ratios of the first row to each other in train, forward and decode, and the trace with
+--profile=True. It is the last line on stdout; in a terminal it goes to out_dir/MODE.json.
 """
 import dataclasses
 import datetime
-import importlib
+import importlib.util
 import itertools
 import json
 import os
@@ -62,7 +61,7 @@ from weights import hugging_face_names, load_checkpoint, read_weights
 
 # --- what
 mode = 'runs'          # or 'table1', 'train', 'forward', 'decode', ...: the keys of MODES below
-of = ''                # runs: out_dirs, with commas; table1: runs whose last k_a and k_f count
+of = ''                # runs: out_dirs, with commas
 size = 'small,medium,large'  # table1: which sizes
 k_a = 0.0              # table1: attention modules per token and step of the MoM rows; 0 is K
 k_f = 0.0              # table1: feed-forward modules likewise
@@ -120,8 +119,7 @@ def arguments():
 
 
 settings, given = common.load(globals(), arguments(), model=MoMConfig)
-chunks, K, H = settings['chunks'], settings['K'], settings['H']
-n_embd, n_head, block_size = settings['n_embd'], settings['n_head'], settings['block_size']
+chunks, K, n_embd, block_size = (settings[key] for key in ('chunks', 'K', 'n_embd', 'block_size'))
 
 # ----------------------------------------------------------------------------- clock, memory, table
 
@@ -208,7 +206,8 @@ def on_meta(cfg):
 
 def one_chunk(**fixed):
     """The MoMConfig of a single chunk, of 4 modules if chunks is not given. Raises ValueError."""
-    cfg = MoMConfig(**fixed | {'chunks': chunks if 'chunks' in given else '4'})
+    one = {key: settings[key] for key in MODEL} | {'chunks': chunks if 'chunks' in given else '4'}
+    cfg = MoMConfig(**one | fixed)
     if len(cfg.sizes) > 1 or cfg.vanilla:
         raise ValueError(f'chunks={chunks!r}: {mode} times one chunk of several modules, such as '
                          '--chunks=4')
@@ -279,7 +278,9 @@ def runs():
           'bits/byte: of the validation, before the first step and after the last.')
     rows = []
     for folder in of.split(','):
-        cfg, step, log, val = read_run(folder)
+        checkpoint = load_checkpoint(os.path.join(folder, 'last.pt'))
+        cfg = MoMConfig(**checkpoint['model_config'])
+        log, val = common.read_log(folder)
         first, last = val[0], val[-1]
         model = on_meta(cfg)
         n_params, n_router = model.num_params()
@@ -289,18 +290,11 @@ def runs():
             'run': os.path.basename(os.path.normpath(folder)), 'chunks': cfg.chunks,
             'assembly': cfg.assembly, 'depth': cfg.depth,
             'parameters': n_params, 'in routers': n_router,
-            'active MFLOPs/token': round(flops / 1e6, 2), 'steps': step,
+            'active MFLOPs/token': round(flops / 1e6, 2), 'steps': checkpoint['step'],
             'bits/byte before': round(float(first['val_bits_per_byte']), 3),
             'bits/byte after': round(float(last['val_bits_per_byte']), 3),
             'tokens/s': round(speed)})
     return rows
-
-
-def read_run(folder):
-    """A run's MoMConfig, its step, and of its log the rows of steps and of validations."""
-    checkpoint = load_checkpoint(os.path.join(folder, 'last.pt'))
-    log, val = common.read_log(folder)
-    return MoMConfig(**checkpoint['model_config']), checkpoint['step'], log, val
 
 
 # ----------------------------------------------------------------------------- table1
@@ -319,12 +313,6 @@ def table1():
     """The cost columns of the paper's Table 1, ours beside the paper's."""
     if length > 1024:
         raise ValueError(f'length={length} must be at most 1024')
-    rates = {}
-    for cfg, _, _, val in map(read_run, filter(None, of.split(','))):
-        if cfg.assembly not in ('K3H1S', 'K3H2S', 'K2H6S'):
-            raise ValueError(f'--of={of}: Table 1 has K3H1S, K3H2S and K2H6S; a {cfg.assembly} '
-                             'run has no row in it')
-        rates[cfg.assembly] = float(val[-1]['k_a']), float(val[-1]['k_f'])
     print('A forward pass over 10 x 1,024 tokens with logits at every position.\n'
           'k_a, k_f: modules per token and step.\n'
           "paper's K_eff: how many of both give the paper's TFLOPs by our formula.\n"
@@ -335,11 +323,10 @@ def table1():
         print("measured: torch's peak above the weights, activations included")
     elif measure:
         print('measured: the bytes of the logits and of the cached K, V of a prefill that ran here')
-    return [table1_row(name, of_size, rates) for of_size in size.split(',') for name in PAPER]
+    return [table1_row(name, of_size) for of_size in size.split(',') for name in PAPER]
 
 
-def table1_row(name, of_size, rates):
-    """rates: {assembly: (k_a, k_f)} as runs measured them."""
+def table1_row(name, of_size):
     stem, *figures = PAPER[name]
     tflops, gib = figures[('small', 'medium', 'large').index(of_size)]
     path = os.path.join(common.ROOT, 'config', stem.format(of_size) + '.py')
@@ -352,7 +339,6 @@ def table1_row(name, of_size, rates):
 
     if name.startswith('MoM'):
         k = tuple(float(min(asked or cfg.K, cfg.K)) for asked in (k_a, k_f))
-        k = rates.get(cfg.assembly, k)
         # FLOPs are linear in the modules per token: two points give k for the paper's figure
         one, two = forward_tflops(1, 1), forward_tflops(2, 2)
         k_eff = 1 + (tflops - one) / (two - one)
@@ -461,9 +447,8 @@ def decode():
     with tempfile.TemporaryDirectory() as folder:
         source = write_gpt2(cfgs, folder, loaded)
         for name, cfg in cfgs.items():
-            before = used_memory()
             if name != 'sampled':  # the model itself, which is the row before
-                model = build(name, cfg, loaded, source)
+                before, model = used_memory(), build(name, cfg, loaded, source)
             calls[name, 'first'] = partial(write, model, name, x, 1, lengths)
             calls[name, 'call'] = partial(write, model, name, x, new, lengths)
             first, peak = first_calls([calls[name, 'first'], calls[name, 'call']], before, name)
@@ -514,7 +499,7 @@ def tf32():
     """
     loaded, cfgs = subjects()
     own = cfgs['model']
-    if own.vanilla:
+    if not on_meta(own).num_params()[1]:
         raise ValueError(f'chunks={own.chunks!r} has no routers: take a config such as '
                          'config/mom_small_k2h6s.py')
     x, y = torch.randint(own.vocab_size, (2, micro_batch, own.block_size), device=device)
@@ -597,14 +582,6 @@ def build(name, cfg, loaded=None, source=''):
         for part in parts:
             part.compile()
     return model
-
-
-def need_peer(name, install):
-    """Raises ValueError if a library that is compared is missing."""
-    try:
-        importlib.import_module(name)
-    except ImportError as error:
-        raise ValueError(f'--compare={compare} needs {name}: pip install {install}') from error
 
 
 def transformers_gpt2(cfg, source=''):
@@ -739,7 +716,8 @@ def first_calls(calls, before, name):
         torch.cuda.reset_peak_memory_stats(device)
     for call in calls:
         timed(call)
-    peak = common.peak_memory(device) if on_cuda or name == 'model' else None
+    alone = name == 'model' and not compare  # what else the process has held counts on a CPU
+    peak = common.peak_memory(device) if on_cuda or alone else None
     return first, peak and peak - before
 
 
@@ -779,8 +757,8 @@ def show_profile(call, cfg):
 
 def route():
     """One routed step beside dense products of as many multiply-adds, for K = 2 and 3."""
-    shape = {key: settings[key] for key in ROUTE} | {'H': 1, 'skip': False, 'vocab_size': 1}
-    cfgs = [one_chunk(**shape | {'K': n}) for n in ([K] if 'K' in given else [2, 3])]
+    cfgs = [one_chunk(K=n, H=1, skip=False, vocab_size=1)
+            for n in ([K] if 'K' in given else [2, 3])]
     print(f'One assembly step over {tokens:,} tokens of width {n_embd}, no SKIP, {dtype}, beside\n'
           "dense products with the method's multiply-adds, K * 12 C^2 a token.\n"
           'efficiency: dense / routed as it runs; of modules alone: attention and both routers,\n'
@@ -847,7 +825,7 @@ def with_backward(forward, leaves):
 
 def ablate():
     """One chunk as it is, without merged q, k, v, without grouping. Then text without a cache."""
-    cfg = one_chunk(K=K, H=H, n_embd=n_embd, n_head=n_head, block_size=block_size, vocab_size=256)
+    cfg = one_chunk(vocab_size=256)
     if prompt + new > block_size:
         raise ValueError(f'block_size={block_size}: prompt={prompt} and new={new} must fit into it')
     return [*ablate_chunk(cfg), *ablate_cache(cfg)]
@@ -866,7 +844,8 @@ def ablate_chunk(cfg):
 
 
 def ablate_cache(cfg):
-    model, idx = GPT(cfg).to(device).eval(), torch.randint(256, (1, prompt), device=device)
+    model = GPT(cfg).to(device).eval().cast(real)
+    idx = torch.randint(256, (1, prompt), device=device)
 
     @torch.no_grad()
     def without_cache():
@@ -990,19 +969,17 @@ def saved_bytes(cfg, i):
 
 # mode -> its function, the settings that count in it, and those of the model
 SPEED = ['weights', 'dtype', 'repeats']
-ROUTE = ['chunks', 'K', 'router', 'router_dim', 'router_weights', 'tau', 'router_start',
-         'weigh_qkv', 'n_embd', 'n_head', 'block_size']
+CHUNK = ['chunks', 'K', 'router_dim', 'n_embd', 'n_head', 'block_size']
 MODES = {
     'runs': (runs, ['of'], []),
-    'table1': (table1, ['of', 'size', 'k_a', 'k_f', 'measure', 'batch', 'length'], []),
+    'table1': (table1, ['size', 'k_a', 'k_f', 'measure', 'batch', 'length'], []),
     'train': (passes, [*SPEED, 'compare', 'profile', 'micro_batch', 'compile'], MODEL),
     'forward': (passes, [*SPEED, 'compare', 'profile', 'micro_batch', 'compile'], MODEL),
     'decode': (decode, [*SPEED, 'compare', 'profile', 'batch', 'prompt', 'new', 'hf_dtype',
                         'ragged', 'beams', 'top_k', 'top_p'], MODEL),
     'tf32': (tf32, [*SPEED, 'micro_batch'], MODEL),
-    'route': (route, ['tokens', 'dtype', 'repeats'], ROUTE),
-    'ablate': (ablate, ['tokens', 'dtype', 'repeats', 'prompt', 'new'],
-               ['chunks', 'K', 'H', 'n_embd', 'n_head', 'block_size']),
+    'route': (route, ['tokens', 'dtype', 'repeats'], CHUNK),
+    'ablate': (ablate, ['tokens', 'dtype', 'repeats', 'prompt', 'new'], [*CHUNK, 'H']),
     'scale': (scale, ['repeats', 'tokens', 'dtype'], ['n_embd']),
     'saved': (saved, [], MODEL)}
 EVERYWHERE = {'mode', 'device', 'threads', 'out_dir'}
@@ -1049,10 +1026,9 @@ def check():
     if ragged and batch < 2:
         raise ValueError(f'ragged=True needs rows that can differ, not batch={batch}: '
                          'add --batch=8')
-    if 'hf' in compare or 'ct2' in compare:
-        need_peer('transformers', '-r requirements-dev.txt')
-    if 'ct2' in compare:
-        need_peer('ctranslate2', 'ctranslate2')
+    for name, package in (('hf', 'transformers'), ('ct2', 'transformers'), ('ct2', 'ctranslate2')):
+        if name in compare and not importlib.util.find_spec(package):
+            raise ValueError(f'--compare={compare} needs {package}: pip install {package}')
 
 
 check()
@@ -1079,10 +1055,7 @@ for name, numbers in ratios.items():
     print(f'{rows[0]["model"]} over {LABELS[name]}: {words}')
 for key, value in notes.items():
     print(f'{key}: {value}')
-results = {'mode': mode, 'machine': machine, 'runs' if mode == 'runs' else 'rows': rows}
-if mode in ('train', 'forward', 'decode'):
-    results['ratios'] = ratios
-line = json.dumps(results | notes)
+line = json.dumps({'mode': mode, 'machine': machine, 'rows': rows, 'ratios': ratios} | notes)
 if for_person:
     path = os.path.join(out_dir, f'{mode}.json')
     common.write_text(path, line + '\n')

@@ -56,14 +56,16 @@ def training(*words):
 
 def parts():
     """[(name, what it shows, its minutes and those of one command if budget is 25, commands)]"""
-    pytest = ['-m', 'pytest', '-q', '-rfE', '--tb=short', 'tests/test_gpu.py', '-k']
+    # -v: what is cut off shows what it has done.
+    pytest = ['-m', 'pytest', '-v', '-rfE', '--tb=short', 'tests/test_gpu.py', '-k']
     torchrun = ['-m', 'torch.distributed.run', '--standalone',
                 f'--nproc_per_node={max(1, torch.cuda.device_count())}']
     decoding = ['decode', '--prompt=32', '--new=64']
     return [
         ('values', 'what a GPU computes against the CPU', 4, 4, [[*pytest, 'not compiles']]),
         ('speed', 'training steps in bf16', 6, 2, training()),
-        ('routing', 'a routed step against dense products', 1.5, 1.5, [bench('route')]),
+        ('routing', 'a routed step against dense products; of few tokens launches take longest',
+         2, 1, [bench('route'), bench('route', '--tokens=65536')]),
         ('decoding', 'text with a cache', 3, 1.5, [
             bench(*decoding, config('GPT-2', 'small'), '--compare=hf'),
             *(bench(*decoding, config(model, 'small')) for model in ('MoM_P', 'MoM_E'))]),

@@ -203,7 +203,9 @@ class Router(nn.Module):
             else:
                 s = F.gelu(self.mlp(x), approximate='tanh')   # Appendix D.1
             r = self.out(s)                                   # Eq. 8
-            return r if self.bias is None else r + self.bias[h], s
+            if self.bias is not None:
+                r = r + self.bias[h]
+            return r, s
 
 
 def top_k(r, K, router_weights, tau):
@@ -296,7 +298,7 @@ class Chunk(nn.Module):
         self.rule_A, self.rule_F = PHI[plan.phi]
         self.attn = Pool(Attention, plan.N_A, len(plan.layers_A), C)
         self.ffn = Pool(FeedForward, plan.N_F, len(plan.layers_F), C)
-        # is_router finds router_a, router_f, router_t by name: they are counted, and stay fp32.
+        # is_router finds router_a, router_f, router_t and predictor by their names.
         routed_A, routed_F = self.rule_A == 'routed', self.rule_F == 'routed'
         E_A, E_F = self.N_A + cfg.skip, self.N_F + cfg.skip
         self.router_a = Router(cfg, E_A, self.H, self.N_A) if routed_A else None
@@ -341,8 +343,8 @@ class Chunk(nn.Module):
     def decision(self, kind, h, ids, weights, x, aux=None):
         """The Decision that tokens x (M, C) take picks ids (M, K), with these weights (M, K)."""
         N = self.N_A if kind == 'A' else self.N_F
-        everything = ids.size(1) == N + self.cfg.skip  # then in their order, see top_k
-        return Decision(kind, h, N, ids, weights, aux, sort_picks(ids, N, everything, x))
+        route = sort_picks(ids, N, N + self.cfg.skip, x)
+        return Decision(kind, h, N, ids, weights, aux, route)
 
     def steps(self, x, cache=None, first_step=0, count=None):
         """Eq. 4, H times: x (B, T, C) -> (B, T, C) and Decisions. For decoding see forward."""
@@ -391,12 +393,13 @@ class Chunk(nn.Module):
                 chosen = chosen & (torch.arange(T, device=x.device) < count.unsqueeze(1))
             longest = max(1, int(chosen.sum(1).max()))
         # The chosen ones of each sequence in their order, then some others to fill the rows. As
-        # they come last, no chosen token attends to them, and what they get is dropped.
-        rows = chosen.int().argsort(dim=1, descending=True, stable=True)[:, :longest].unsqueeze(-1)
-        part = x.gather(1, rows.expand(-1, -1, C))  # (B, longest, C)
+        # they come last, no chosen token attends to them, and their update is multiplied by 0.
+        rows = chosen.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
+        rows = rows.unsqueeze(-1).expand(-1, -1, C)  # (B, longest, C)
+        part = x.gather(1, rows)
         y, _ = self.steps(part, cache, first_step, chosen.sum(1))
-        weight = (score * chosen.unsqueeze(-1)).gather(1, rows)
-        x = x.scatter_add(1, rows.expand(-1, -1, C), weight.to(x.dtype) * (y - part))
+        update = torch.zeros_like(x).scatter(1, rows, y - part)
+        x = x + (score * chosen.unsqueeze(-1)).to(x.dtype) * update
         ids = 1 - chosen.int().view(-1, 1)  # 0 the block, 1 SKIP
         return x, [Decision('T', 0, 1, ids, score.view(-1, 1), aux, None)]
 
@@ -427,7 +430,7 @@ class Chunk(nn.Module):
         """A Decision about modules -> the same about their subsets: every token takes one of S."""
         bits = (1 << d.ids).masked_fill(d.ids == d.N, 0).sum(1, keepdim=True)
         number = self.subset[bits]  # (M, 1)
-        route = sort_picks(number, self.S, self.S == 1, x)
+        route = sort_picks(number, self.S, self.S, x)
         return d._replace(N=self.S, ids=number, weights=None, route=route)
 
     def pools(self, x, keep=False):
@@ -544,7 +547,7 @@ class GPT(nn.Module):
 
     def generate(self, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, beams=1,
                  stop=None, lengths=None, vocab=None):
-        """Continue each row of idx (B, T) -> (B, T + max_new_tokens); see sample.generate."""
+        """Continue each row of idx (B, T) by max_new_tokens tokens; see sample.generate."""
         from sample import generate
         return generate(self, idx, max_new_tokens, temperature, top_k, top_p, beams, stop,
                         lengths, vocab)
@@ -686,11 +689,11 @@ Modules = namedtuple('Modules', 'each stack')
 Pools = namedtuple('Pools', 'attn merged ffn')  # of a chunk, each a Modules; merged may be None
 Merged = namedtuple('Merged', 'qkv_w qkv_b')    # one for each subset of the attention modules
 
-# R = M K rows, one for each pick, sorted by module. token (R,): sorted row -> the token it is of;
-# inverse (R,): row -> sorted row; sizes: how many rows each module has, and last those of SKIP.
+# P = M K rows, one for each pick, sorted by module. token (P,): sorted row -> the token it is of;
+# inverse (P,): row -> sorted row; sizes: how many rows each module has, and last those of SKIP.
 Sorted = namedtuple('Sorted', 'token inverse sizes')
-# The same where only the device knows the sizes. module (R,): of each sorted row; member (N, R):
-# that as 0 and 1; ends (N,): where the rows of each module end; idle (R, 1): which rows are SKIP's.
+# The same where only the device knows the sizes. module (P,): of each sorted row; member (N, P):
+# that as 0 and 1; ends (N,): where the rows of each module end; idle (P, 1): which rows are SKIP's.
 SortedOnDevice = namedtuple('SortedOnDevice', 'token inverse module member ends idle')
 Grouped = namedtuple('Grouped', 'stack rows')  # a parameter (N, ...), its SortedOnDevice
 
@@ -706,15 +709,14 @@ def unstack(stack, dtype):
     return Modules(each, type(stack)(*(p.to(dtype) if p.ndim == 3 else p for p in stack)))
 
 
-def sort_picks(ids, N, everything, x):
-    """How picks ids (M, K) are carried out for tokens x (M, C). N stands for no module, SKIP.
+def sort_picks(ids, N, E, x):
+    """How picks ids (M, K) of E entries are carried out for tokens x (M, C). N stands for SKIP.
 
-    A list of modules, if all tokens take the same; else the rows sorted. everything: K is all that
-    there is to pick.
+    A list of modules, if all tokens take the same; else the rows sorted.
     """
+    if ids.size(1) == E:  # all there are, in their order: see top_k
+        return list(range(E))
     on_device = grouped_dtype(x) is not None
-    if everything:
-        return list(range(ids.size(1)))
     if len(ids) == 1 and not on_device and not torch.is_grad_enabled():  # one token, in decoding
         return ids[0].tolist()
     return sort_rows(ids, N, on_device)
@@ -755,7 +757,7 @@ def each_pick(fn, modules, x, route, N):
 
 
 def by_module(fn, modules, x, rows):
-    """fn(module, its rows) of every module: x (R, in), sorted -> (R, out). SKIP's rows are 0."""
+    """fn(module, its rows) of every module: x (P, in), sorted -> (P, out). SKIP's rows are 0."""
     if isinstance(rows, SortedOnDevice):
         stack = modules.stack
         return fn(type(stack)(*(Grouped(p, rows) for p in stack)), x)
@@ -789,11 +791,11 @@ def grouped_dtype(x):
     return dtype if dtype == torch.bfloat16 and has_grouped_mm(x.device, x.size(-1)) else None
 
 
-def grouped_norm(x, w, b):  # x (R, C), sorted by module; w, b: Grouped (N, C)
+def grouped_norm(x, w, b):  # x (P, C), sorted by module; w, b: Grouped (N, C)
     return norm(x) * OfRows.apply(w.stack, w.rows) + OfRows.apply(b.stack, b.rows)
 
 
-def grouped_linear(x, w, b):  # x (R, in), w: Grouped (N, in, out), b: Grouped (N, out) -> (R, out)
+def grouped_linear(x, w, b):  # x (P, in), w: Grouped (N, in, out), b: Grouped (N, out) -> (P, out)
     # F.grouped_mm leaves the rows past its last group uninitialised, in its output and in the
     # gradient of its input, and 0 * nan is nan: they are masked on both sides.
     idle, x = w.rows.idle, x.to(w.stack.dtype)
@@ -802,7 +804,7 @@ def grouped_linear(x, w, b):  # x (R, in), w: Grouped (N, in, out), b: Grouped (
 
 
 class OfRows(torch.autograd.Function):
-    """vectors (N, D) -> (R, D): of each sorted row its module's vector.
+    """vectors (N, D) -> (P, D): of each sorted row its module's vector.
 
     The gradient sums thousands of rows in fp32, as one product. That of indexing would add one row
     after another, and that of an embedding launches 31 kernels.

@@ -299,7 +299,7 @@ class Decoder:
         """Row b becomes what row rows[b] was. since: see Cache.reorder."""
         self.row, self.text, self.ends = self.row[rows], self.text[rows], self.ends[rows]
         self.logits = self.logits[rows]
-        if since is None:
+        if since is None or len(rows) < len(self.cache.tokens):
             self.cache.select(rows)
         else:
             self.cache.reorder(rows, since)
@@ -361,8 +361,8 @@ def draw_likely(p, top_p):
 @torch.no_grad()
 def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None, beams=1,
              stop=None, lengths=None, vocab=None):
-    """Continue each row of idx (B, T) by max_new_tokens tokens -> (B, T + max_new_tokens), or fewer
-    if all rows stopped before.
+    """Continue each row of idx (B, T) by max_new_tokens tokens -> (B, T + max_new_tokens), T being
+    the longest prompt, or fewer if all rows stopped before.
 
     temperature 0 is greedy; top_k keeps the k likeliest tokens, top_p the likeliest that hold this
     share of the probability. beams > 1 searches for the sequence of highest mean log-probability
@@ -436,44 +436,36 @@ def beam_search(decoder, max_new_tokens, beams, stop):
     stands, than the worst of them.
     """
     B, device = len(decoder.text), decoder.text.device
-    origin, start, longest = decoder.row, decoder.ends, int(decoder.ends.max())
-    out = decoder.text.clone()
+    out, longest = decoder.text.clone(), int(decoder.ends.max())
     # Beams of a row have its prompt in common. Under MoD there are fewer entries than tokens.
-    since = 0 if decoder.model.cfg.phi == 'mod' else int(start.min())
+    since = 0 if decoder.model.cfg.phi == 'mod' else int(decoder.ends.min())
     decoder.select(torch.arange(B, device=device).repeat_interleave(beams))
     running = torch.full((B, beams), -math.inf, device=device)       # sums of log-probabilities
+    finished = running.clone()                                       # means of log-probabilities
     running[:, 0] = 0                                                # all are equal: one counts
-    finished = torch.full((B, beams), -math.inf, device=device)      # means of log-probabilities
-    kept = decoder.text.view(B, beams, -1).clone()                   # the texts that they are of
     likeliest = torch.arange(2 * beams, device=device) < beams
     for n in range(1, max_new_tokens + 1):
-        row = torch.arange(len(start), device=device).unsqueeze(1)   # (B, 1), of those that go on
+        row = torch.arange(len(running), device=device).unsqueeze(1)  # (B, 1), of those that go on
         logp = decoder.logits.log_softmax(-1).view(len(row), beams, -1)
         V = logp.size(-1)
         top, flat = (running.unsqueeze(-1) + logp).flatten(1).topk(2 * beams)  # half may end here
-        beam, token = flat // V, flat % V                            # (B, 2 beams)
-        texts = decoder.text.view(len(row), beams, -1)[row, beam]    # (B, 2 beams, size)
-        here = (start + n - 1).view(-1, 1, 1).expand(-1, 2 * beams, 1)
-        texts.scatter_(2, here, token.unsqueeze(-1))
+        beam, token = row * beams + flat // V, flat % V              # (B, 2 beams)
+        texts = decoder.text[beam].scatter(2, decoder.ends[beam].unsqueeze(-1), token.unsqueeze(-1))
         over = torch.zeros_like(token, dtype=torch.bool) if stop is None else token == stop
         if n == max_new_tokens:
             over = over | likeliest                                  # out of room: it is finished
         means = (top / n).masked_fill(~(over & likeliest), -math.inf)
         finished, chosen = torch.cat((finished, means), 1).topk(beams)
-        kept = torch.cat((kept, texts), 1)[row, chosen]
+        better = chosen[:, 0] >= beams                               # the best of the row is new
+        out[decoder.row[beam[better, 0]]] = texts[better, chosen[better, 0] - beams]
         running, go = top.masked_fill(over, -math.inf).topk(beams)
-        ended = finished[:, -1] >= running[:, 0] / n
-        out[origin[ended]] = kept[ended, 0]
-        if n == max_new_tokens or ended.all():
+        going = ~(finished[:, -1] >= running[:, 0] / n)
+        if n == max_new_tokens or not going.any():
             break
-        decoder.select((row * beams + beam.gather(1, go)).flatten(), since)
-        decoder.write(token.gather(1, go).flatten())
-        if ended.any():                                              # they stay as they are
-            decoder.select((row * beams + torch.arange(beams, device=device))[~ended].flatten())
-            origin, start, running, finished, kept = (
-                t[~ended] for t in (origin, start, running, finished, kept))
+        running, finished = running[going], finished[going]
+        decoder.select(beam.gather(1, go)[going].flatten(), since)
+        decoder.write(token.gather(1, go)[going].flatten())
         decoder.read()
-    out[origin[~ended]] = kept[~ended, 0]
     return out[:, :longest + n]
 
 

@@ -1,8 +1,7 @@
 r"""Runs Python as on an H100, without a GPU: CUDA's calls are answered, and compute nothing.
 
   python tests/dry_gpu.py train.py config/mom_demo.py --device=cuda --compile=True
-  python tests/dry_gpu.py bench.py train config/mom_large_k2h6s.py --n_embd=1280 --n_head=20 \
-    --micro_batch=8
+  python tests/dry_gpu.py bench.py train config/mom_large_k2h6s.py --micro_batch=8
   python tests/dry_gpu.py -m torch.distributed.run --nproc_per_node=2 \
     train.py config/mom_medium_k2h6s.py ...
   python tests/dry_gpu.py -m pytest tests/test_gpu.py -k 'not compiles'

@@ -1,6 +1,5 @@
 """bench.py: formulas against the paper and against what runs, tables against the JSON, every mode
 as a command. gpu.py, without a GPU: what it runs, and that no part costs another."""
-import csv
 import glob
 import json
 import os
@@ -132,22 +131,13 @@ def test_the_papers_k_put_back_gives_the_papers_flops(table1):
             assert row['TFLOPs, %'] == pytest.approx(100 * (row['TFLOPs'] / paper - 1), abs=0.3)
 
 
-def test_skip_rates_come_from_the_command_line_or_from_a_run(tmp_path):
-    cfg = MoMConfig(**{**SHAPE, 'H': 6})
-    torch.save({'model': {}, 'model_config': asdict(cfg), 'step': 3}, tmp_path / 'last.pt')
-    with open(tmp_path / 'log.csv', 'w', newline='') as f:
-        columns = ['step', 'loss', 'tokens_per_s', 'val_loss', 'val_bits_per_byte', 'k_a', 'k_f']
-        log = csv.DictWriter(f, columns, restval='')
-        log.writeheader()
-        log.writerows([dict(step=0, val_loss=5, val_bits_per_byte=8, k_a=0.5, k_f=0.7),
-                       dict(step=1, loss=4, tokens_per_s=9),
-                       dict(step=3, val_loss=3, val_bits_per_byte=5, k_a=1.25, k_f=1.75)])
-    _, result = bench('table1', '--size=small', '--k_a=1.5', '--k_f=2.5', f'--of={tmp_path}')
+def test_skip_rates_come_from_the_command_line():
+    _, result = bench('table1', '--size=small', '--k_a=1.5', '--k_f=2.5')
     rows = {row['model']: row for row in result['rows']}
-    # The run is a MoM_P.
-    for which, k_a, k_f in (('E', 1.5, 2.5), ('I', 1.5, 2.5), ('P', 1.25, 1.75)):
+    for which, k_f in (('E', 2.5), ('I', 2.5), ('P', 2)):  # MoM_P takes 2 of each at most
         row = next(row for name, row in rows.items() if name.startswith(f'MoM_{which}'))
-        assert (row['k_a'], row['k_f']) == (k_a, k_f)
+        k_a = row['k_a']
+        assert (k_a, row['k_f']) == (1.5, k_f)
         want = 10_240 * mom('small', which).flops_per_token(1024, k_a, k_f) / 1e12
         assert row['TFLOPs'] == pytest.approx(want, abs=0.006)
     assert rows['MoD']['k_a'] is None and rows['GPT-2']['TFLOPs'] == 2.92
@@ -155,13 +145,12 @@ def test_skip_rates_come_from_the_command_line_or_from_a_run(tmp_path):
 
 @pytest.mark.parametrize('log', ['step,loss,tokens_per_s,val_loss,k_a,k_f\n',
                                  'step,loss,lr,norm\n1,2.5,0.1,1\n'])  # the second of XSUM
-@pytest.mark.parametrize('mode', ['runs', 'table1'])
-def test_a_run_without_an_evaluation_after_a_step(mode, log, tmp_path, monkeypatch):
+def test_a_run_without_an_evaluation_after_a_step(log, tmp_path, monkeypatch):
     torch.save({'model': {}, 'model_config': asdict(MoMConfig(**SHAPE)), 'step': 0},
                tmp_path / 'last.pt')
     (tmp_path / 'log.csv').write_text(log)
     with pytest.raises(ValueError, match='has no finished steps yet: resume that run'):
-        script(monkeypatch, mode, f'--of={tmp_path}')
+        script(monkeypatch, 'runs', f'--of={tmp_path}')
 
 
 SYSTEMS = [dict(chunks='1-1-1-1'), {}, dict(K=3, H=1), dict(phi='layer_skip', K=1),
@@ -206,7 +195,7 @@ def test_train_beside_transformers():
     check_speed(result, 3 * 24, passes=3)
     models = [row['model'] for row in result['rows']]
     assert models == ['K2H2', 'GPT-2, ours', 'GPT-2, transformers']
-    assert mine['k_a'] == mine['k_f'] == 2.0 and hf['k_a'] is None and mine['peak GiB'] > 0
+    assert mine['k_a'] == mine['k_f'] == 2.0 and hf['k_a'] is None and mine['peak GiB'] is None
     assert mine['active MFLOPs/token'] == pytest.approx(flops(skip=False), abs=1e-3)
     assert vanilla['active MFLOPs/token'] == hf['active MFLOPs/token']
     assert hf['active MFLOPs/token'] == pytest.approx(flops(chunks='1-1-1-1-1-1'), abs=1e-3)
@@ -225,7 +214,7 @@ def test_forward_of_a_config_file_with_a_profile(tmp_path):
     assert mine['model'] == 'K2H3S' and vanilla['model'] == 'GPT-2, ours'
     assert 'router_dim' not in stdout
     assert 'left out, for train.py alone: out_dir, data_dir, max_steps, batch_size' in stdout
-    assert 0 < mine['k_a'] <= 2 and 0 < mine['k_f'] <= 2
+    assert 0 < mine['k_a'] <= 2 and 0 < mine['k_f'] <= 2 and mine['peak GiB'] > 0
     assert 'aten::addmm' in stdout and result['trace'] == str(tmp_path / 'forward_K2H3S.json')
     with open(result['trace']) as f:
         assert json.load(f)['traceEvents']
@@ -566,9 +555,9 @@ MISTAKES = {
     'train --dtype=': 'none of auto',
     'train --dtype=float32,bfloat16': 'none of auto',
     'runs --of=config': 'no checkpoint',
-    'train --compare=hf': 'pip install -r requirements-dev.txt',
+    'train --compare=hf': 'pip install transformers',
     'train --compare=ct2': 'none of hf, vanilla',
-    'decode --compare=ct2': 'pip install -r requirements-dev.txt',
+    'decode --compare=ct2': 'pip install transformers',
     'tf32 --compare=hf': 'does nothing in tf32',
     'tf32 --chunks=1-1': 'has no routers',
     'tf32 --out_dir=bench.py --profile=True': 'does nothing in tf32',

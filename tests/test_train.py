@@ -142,7 +142,7 @@ def test_every_system_trains_stops_resumes_and_speaks(system, text, phase_one, t
     spoken = run(f'--source={whole}', '--prompt=The state', '--max_new_tokens=40', '--device=cpu',
                  script='sample.py')
     assert len(spoken) > 40
-    row, = json.loads(run('runs', f'--of={whole}', script='bench.py').splitlines()[-1])['runs']
+    row, = json.loads(run('runs', f'--of={whole}', script='bench.py').splitlines()[-1])['rows']
     assert row['assembly'] == system and row['steps'] == 24
 
 
