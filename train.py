@@ -17,6 +17,7 @@ import itertools
 import json
 import math
 import os
+import platform
 import shutil
 import signal
 import sys
@@ -80,7 +81,7 @@ log_path = os.path.join(out_dir, 'log.csv')
 restarted = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)) > 0  # by torchrun --max_restarts
 launch = os.environ.get('TORCHELASTIC_RUN_ID', '')  # of torchrun; the same after a restart
 if os.environ.get('LOCAL_WORLD_SIZE') == str(world):  # on one machine the id is often 'none'
-    launch += f' {os.getppid()}'
+    launch += f' {platform.node()} {os.getppid()}'  # in a container torchrun is often process 1
 
 if writes and os.path.isdir(out_dir):
     common.lock_folder(common.results_folder(out_dir))

@@ -3,6 +3,7 @@ import csv
 import functools
 import itertools
 import os
+import platform
 import pty
 import random
 import re
@@ -227,15 +228,16 @@ common.leave_processes()
     assert done.returncode == 0 and done.stdout.count('all done') == 2, done.stderr
 
 
-@pytest.mark.parametrize('run_id', ['another', 'none'])
+@pytest.mark.parametrize('run_id, other', [('another', None), ('none', (os, 'getppid', lambda: 1)),
+                                           ('none', (platform, 'node', lambda: 'container'))])
 def test_a_restart_does_not_take_up_an_older_run(
-        run_id, whole, phase_two, tmp_path, monkeypatch):
+        run_id, other, whole, phase_two, tmp_path, monkeypatch):
     out = tmp_path / 'run'
-    if run_id == 'none':  # of every torchrun on one machine that is told none
+    if other:  # 'none' is the id of every torchrun on one machine that is told none
         monkeypatch.setenv('LOCAL_WORLD_SIZE', '1')
         monkeypatch.setenv('TORCHELASTIC_RUN_ID', run_id)
         with monkeypatch.context() as other_torchrun:
-            other_torchrun.setattr(os, 'getppid', lambda: 1)
+            other_torchrun.setattr(*other)
             train(out, *phase_two)
     else:
         shutil.copytree(whole, out)
