@@ -29,10 +29,10 @@ the rows that come out as ours do: all, but for near ties.
 CTranslate2 never writes the last id, which ends a text there. It is needed for nothing else: pip
 install ctranslate2. What MoM reads is counted of the texts: with beams, of the best.
 
-Peak memory is torch's on a GPU, weights and optimizer included; on the CPU it is the process's, and
-only without --compare. The result is one JSON object: mode, machine, the rows of the
-table, the ratios of the first row to each other in train, forward and decode, and the trace with
---profile=True. It is the last line on stdout; in a terminal it goes to out_dir/MODE.json.
+Peak memory is torch's on a GPU, weights and optimizer included; on the CPU it is the process's, of
+the first model and only without --compare. The result is one JSON object: mode, machine, the rows
+of the table, the ratios of the first row to each other in train, forward and decode, and the trace
+with --profile=True. It is the last line on stdout; in a terminal it goes to out_dir/MODE.json.
 """
 import dataclasses
 import datetime

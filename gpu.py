@@ -64,8 +64,8 @@ def parts():
     return [
         ('values', 'what a GPU computes against the CPU', 4, 4, [[*pytest, 'not compiles']]),
         ('speed', 'training steps in bf16', 6, 2, training()),
-        ('routing', 'a routed step against dense products; of few tokens launches take longest',
-         2, 1, [bench('route'), bench('route', '--tokens=65536')]),
+        ('routing', 'a routed step, of few and of many tokens, against dense products', 2, 1,
+         [bench('route'), bench('route', '--tokens=65536')]),
         ('decoding', 'text with a cache', 3, 1.5, [
             bench(*decoding, config('GPT-2', 'small'), '--compare=hf'),
             *(bench(*decoding, config(model, 'small')) for model in ('MoM_P', 'MoM_E'))]),

@@ -731,6 +731,7 @@ def train(what, runs):
                     print(f'{len(ended)}/{len(ended) + len(left)} {run_name(run)}: loss '
                           f'{records[run]["loss"]:.4f} | {common.clock(took)}, about '
                           f'{common.clock(to_go)} left', flush=True)
+                    say_if_kept_otherwise(run)
                     write_report()
                 else:
                     failed[folder(run)] = last_line(folder(run, 'output.txt'))
@@ -740,6 +741,16 @@ def train(what, runs):
             process.terminate()
         for process in running:
             process.wait()
+
+
+def say_if_kept_otherwise(run):
+    """Another machine rounds otherwise: a run that is trained again may end elsewhere."""
+    if keep:
+        with open(kept(run, '.json'), encoding='utf-8') as f:
+            before = json.load(f)['result']['loss']
+        if before != records[run]['loss']:
+            print(f'{run_name(run)}: {keep} has {before:.4f}. What starts from it now goes with '
+                  'what started from it now, and not with what is kept', flush=True)
 
 
 def start(run):

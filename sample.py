@@ -299,7 +299,7 @@ class Decoder:
         """Row b becomes what row rows[b] was. since: see Cache.reorder."""
         self.row, self.text, self.ends = self.row[rows], self.text[rows], self.ends[rows]
         self.logits = self.logits[rows]
-        if since is None or len(rows) < len(self.cache.tokens):
+        if since is None or len(rows) < len(self.cache.tokens):  # reorder keeps their number
             self.cache.select(rows)
         else:
             self.cache.reorder(rows, since)

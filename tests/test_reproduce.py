@@ -312,6 +312,17 @@ def test_results_that_are_kept_need_no_folders(text, tmp_path):  # noqa: F811
     assert 'holds a run with H=5, not 6' in reproduce(text, other, *args, fails=True)
 
 
+def test_a_phase_one_that_is_trained_again_says_what_was_kept(text, tmp_path):  # noqa: F811
+    out, kept = tmp_path / 'out', f'--keep={tmp_path}/kept'
+    make_up(out, 'phase_one', 4.0, needs='', steps=STEPS[0], data_dir=text)
+    make_up(out, 'vanilla', 3.0, data_dir=text)
+    reproduce(text, out, '--only=fig4', '--report=True', kept)
+    said = reproduce(text, tmp_path / 'other', '--only=fig4', '--cells=k1h1s', kept)
+    assert 'tables and figures: 2 trainings to do' in said
+    assert 'phase_one_lr0.01_seed1: ' in said and 'kept has 4.0000. What starts' in said
+    assert said.count('What starts') == 1  # k1h1s was not kept
+
+
 def test_another_rate_of_phase_one_and_of_all_from_scratch(text, tmp_path):  # noqa: F811
     out = tmp_path / 'run'
     make_up(out, 'phase_one', 4.0, data_dir=text, needs='', steps=STEPS[0])
