@@ -150,7 +150,7 @@ def run(model, idx, device, batch, decide=None, name=''):
         loss += model.loss(x, part[:, 1:]).item() * part[:, 1:].numel()
         for c, decided in enumerate(decisions):
             for d in decided:
-                d = d._replace(ids=d.ids.cpu(), weights=d.weights.cpu(), route=None)
+                d = d._replace(ids=d.ids.cpu(), weights=d.weights.cpu(), rows=None)
                 kept.setdefault((c, d.kind, d.step), []).append(d)
     whole = {}
     for key, parts in kept.items():

@@ -1,6 +1,6 @@
 """Mixture-of-Modules: a Transformer whose depth is assembled per token (arXiv:2407.06677).
 
-A Transformer is a list of chunks. A chunk is a pool of N attention modules and N feed-forward
+A Transformer is a list of chunks. A chunk has two pools, of N attention and of N feed-forward
 modules, two routers, and an assembling function phi. At each of H steps phi says, for every token,
 which modules are applied and with what weights. In MoM that is the top K of the N modules and SKIP.
 A block of GPT-2 is the chunk with N = 1: one step, no router, weight 1. Layer-skip, early exit,
@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass
 class MoMConfig:
-    """The settings of a model. Raises ValueError, naming the fix, where they make no model."""
+    """The settings of a model. Raises ValueError, naming the fix, if they make no model."""
     chunks: str = '1-1-1-1-1-1-1-1-1-1-1-1'  # N of each chunk, in layers of the vanilla model
     phi: str = 'mom'                # assembling function of chunks with N > 1; see PHI
     K: int = 2                      # modules selected per token and step, SKIP among them
@@ -83,7 +83,7 @@ class MoMConfig:
         return f'K{self.K}H{self.H}{"S" * self.skip}' if self.phi == 'mom' else self.phi
 
     @property
-    def plans(self):  # of each chunk: what it is made of
+    def plans(self):  # the Plan of each chunk
         return [plan_chunk(self, i) for i in range(len(self.sizes))]
 
 
@@ -172,8 +172,8 @@ class Router(nn.Module):
     weights' own type, fp32 in training.
 
     router_start='layers' is not the paper's: r = W s_h + b_h, with a learned b_h for each step. It
-    begins at 1 for the modules whose turn it is and at 0 for all others, and W begins at a
-    hundredth of its size. With H >= N, phase two so begins close to the model of phase one.
+    begins at 1 for module i at step i * H // N and at 0 elsewhere, and W begins at a hundredth of
+    its size. With H >= N, phase two thus begins close to the model of phase one.
     """
 
     def __init__(self, cfg, E, H, N=1):
@@ -211,8 +211,8 @@ class Router(nn.Module):
 def top_k(r, K, router_weights, tau):
     """TopK of section 3.2: scores r (M, E) -> ids (M, K) and weights (M, K), the highest first.
 
-    SKIP can be among a token's picks, at most once; nothing is renormalised then. The softmax is
-    over the picked scores, SKIP's included: the same as that over all, made to sum to 1 again.
+    SKIP can be among a token's picks, once; the weights of the others stay as they are. 'softmax'
+    is over the picked scores, SKIP's included: that over all, divided by its sum over the picks.
     If K = E there is nothing to choose: all entries, in their order.
     """
     if K == r.size(1):
@@ -246,9 +246,9 @@ Plan = namedtuple('Plan', 'phi H N_A N_F layers_A layers_F')
 
 
 def plan_chunk(cfg, i):
-    """The Plan of chunk i. 'moe' works on layers, chunks of 1, and 'mod' on every other one."""
+    """The Plan of chunk i. 'moe' routes every chunk of 1, 'mod' every second one."""
     N = cfg.sizes[i]
-    if N == 1 and cfg.phi != 'moe' and not (cfg.phi == 'mod' and i % 2):
+    if not (N > 1 or cfg.phi == 'moe' or cfg.phi == 'mod' and i % 2):
         return Plan('vanilla', 1, 1, 1, [0], [0])
     layers_A = cfg.keep_A or list(range(cfg.N_A or N))
     layers_F = cfg.keep_F or list(range(cfg.N_F or N))
@@ -264,10 +264,10 @@ def plan_chunk(cfg, i):
 
 
 # What one step applies, of attention (kind 'A') or feed-forward ('F'); under MoD, which tokens go
-# through a block ('T'). N: modules of the pool, and the id of SKIP. ids (M, K), weights (M, K): the
+# through a block ('T'). N: the size of the pool; SKIP's id is N. ids (M, K), weights (M, K): the
 # picks of each token, or None where all take one module with weight 1. aux: a loss of its own, or
-# None. route: the picks as they are carried out; see sort_picks.
-Decision = namedtuple('Decision', 'kind step N ids weights aux route')
+# None. rows: the picks as they are carried out, rows sorted by module; see sort_picks.
+Decision = namedtuple('Decision', 'kind step N ids weights aux rows')
 
 
 # ----------------------------------------------------------------------------- assembly (3.2)
@@ -280,7 +280,7 @@ def assemble(fn, modules, x, d, weighted=True):
     """
     total = None
     # y (M, out): what the tokens' k-th picks make of x
-    for k, y in each_pick(fn, modules, x, d.route, d.N):
+    for k, y in each_pick(fn, modules, x, d.rows, d.N):
         if weighted and d.weights is not None:
             y = y * d.weights[:, k:k + 1].to(y.dtype)
         total = y if total is None else total + y
@@ -326,10 +326,10 @@ class Chunk(nn.Module):
                 i = self.plan.layers_A.index(self.cfg.c_share[h])
             return Decision(kind, h, N, None, None, None, [i])
         r, state[kind] = router(x, state.get(kind), h)
-        if self.phi in ONE_OR_SKIP:  # of all scores those of module h and of SKIP
+        if self.phi in ONE_OR_SKIP:  # of all scores two: entry 0 is module h, entry 1 is SKIP
             r = torch.stack((r[:, h], r[:, N]), dim=1)
         ids, weights = top_k(r, K, self.cfg.router_weights, self.cfg.tau)
-        if self.phi == 'early_exit':  # the second of the two is SKIP
+        if self.phi == 'early_exit':
             state['gone'] = (ids == 1) | state.get('gone', False)
             ids = ids.masked_fill(state['gone'], 1)
         aux = None
@@ -343,15 +343,15 @@ class Chunk(nn.Module):
     def decision(self, kind, h, ids, weights, x, aux=None):
         """The Decision that tokens x (M, C) take picks ids (M, K), with these weights (M, K)."""
         N = self.N_A if kind == 'A' else self.N_F
-        route = sort_picks(ids, N, N + self.cfg.skip, x)
-        return Decision(kind, h, N, ids, weights, aux, route)
+        rows = sort_picks(ids, N, N + self.cfg.skip, x)
+        return Decision(kind, h, N, ids, weights, aux, rows)
 
     def steps(self, x, cache=None, first_step=0, count=None):
         """Eq. 4, H times: x (B, T, C) -> (B, T, C) and Decisions. For decoding see forward."""
         B, T, C = x.shape
         x = x.reshape(B * T, C)
         pools = cache.pools(self, x, first_step) if cache else self.pools(x)
-        state, decisions = {}, []
+        state, decisions = {}, []  # no state yet: s_0 = 0
         for h in range(self.H):
             d_A = self.choose('A', x, h, state)
             a = attend(self.qkv(pools, x, d_A), self.cfg.n_head, B, cache, first_step + h, count)
@@ -383,19 +383,19 @@ class Chunk(nn.Module):
         member = self.predictor(x.detach().to(score.dtype)).squeeze(-1)  # (B, T), a logit
         aux = None
         if self.training:
-            longest = max(1, round(self.cfg.capacity * T))
-            best = score.squeeze(-1).topk(longest, dim=1).indices
+            most = max(1, round(self.cfg.capacity * T))
+            best = score.squeeze(-1).topk(most, dim=1).indices
             chosen = torch.zeros_like(member, dtype=torch.bool).scatter(1, best, True)
             aux = F.binary_cross_entropy_with_logits(member, chosen.to(member.dtype))
         else:
             chosen = member > 0
             if count is not None:  # what stands after the first `count` tokens is padding
                 chosen = chosen & (torch.arange(T, device=x.device) < count.unsqueeze(1))
-            longest = max(1, int(chosen.sum(1).max()))
-        # The chosen ones of each sequence in their order, then some others to fill the rows. As
-        # they come last, no chosen token attends to them, and their update is multiplied by 0.
-        rows = chosen.int().argsort(dim=1, descending=True, stable=True)[:, :longest]
-        rows = rows.unsqueeze(-1).expand(-1, -1, C)  # (B, longest, C)
+            most = max(1, int(chosen.sum(1).max()))
+        # The chosen ones of each sequence in their order, then others, where it has fewer. They
+        # come last, so no chosen token attends to them, and their update is multiplied by 0.
+        rows = chosen.int().argsort(dim=1, descending=True, stable=True)[:, :most]
+        rows = rows.unsqueeze(-1).expand(-1, -1, C)  # (B, most, C)
         part = x.gather(1, rows)
         y, _ = self.steps(part, cache, first_step, chosen.sum(1))
         update = torch.zeros_like(x).scatter(1, rows, y - part)
@@ -430,8 +430,8 @@ class Chunk(nn.Module):
         """A Decision about modules -> the same about their subsets: every token takes one of S."""
         bits = (1 << d.ids).masked_fill(d.ids == d.N, 0).sum(1, keepdim=True)
         number = self.subset[bits]  # (M, 1)
-        route = sort_picks(number, self.S, self.S, x)
-        return d._replace(N=self.S, ids=number, weights=None, route=route)
+        rows = sort_picks(number, self.S, self.S, x)
+        return d._replace(N=self.S, ids=number, weights=None, rows=rows)
 
     def pools(self, x, keep=False):
         """The modules as one forward pass over x (M, C) uses them -> Pools.
@@ -440,7 +440,8 @@ class Chunk(nn.Module):
         """
         attn, merged = self.attn.stack(), None
         # Merging writes S matrices once; then each step multiplies a token by one matrix, not by K.
-        # It pays, by rule of thumb, if 256 products are spared for each matrix that is written.
+        # It pays, by rule of thumb, if it spares 256 products of a token and a matrix for each one
+        # that is written.
         if self.S and (keep or len(x) * self.H * (self.K_A - 1) >= 256 * self.S):
             merged = merge(attn, self.incidence.to(attn.qkv_w.dtype))
         dtype = grouped_dtype(x)
@@ -740,19 +741,19 @@ def sort_rows(ids, N, on_device):
     return Sorted(order // K, inverse, [end - start for start, end in itertools.pairwise(ends)])
 
 
-def each_pick(fn, modules, x, route, N):
+def each_pick(fn, modules, x, rows, N):
     """[(k, y)]: y (M, out) is what fn makes of x (M, in) with the k-th picks of all tokens.
 
     SKIP gives zeros. Picks that are SKIP for all tokens may be left out, but for one.
     """
-    if isinstance(route, list):
-        picks = [(k, fn(modules.each[i], x)) for k, i in enumerate(route) if i < N]
+    if isinstance(rows, list):
+        picks = [(k, fn(modules.each[i], x)) for k, i in enumerate(rows) if i < N]
         if not picks:  # one token that skips
             width = fn(modules.each[0], x[:0]).size(1)
             return [(0, x.new_zeros(len(x), width))]
         return picks
-    y = by_module(fn, modules, x.index_select(0, route.token), route)         # (M K, out), sorted
-    y = y.index_select(0, route.inverse).view(len(x), -1, y.size(1))          # (M, K, out)
+    y = by_module(fn, modules, x.index_select(0, rows.token), rows)   # (M K, out), sorted
+    y = y.index_select(0, rows.inverse).view(len(x), -1, y.size(1))   # (M, K, out)
     return list(enumerate(y.unbind(1)))
 
 

@@ -335,6 +335,8 @@ def claims(S):
         Claim('fig3', 'Attention modules cost little to remove until the last: '
               '4 to 2 costs less than 2 to 1 (N_F = 4)',
               '-0.005 and +0.036', [{'na2_nf4': 2, 'na4_nf4': -1, 'na1_nf4': -1}]),
+        Claim('fig3', 'Half of the attention and a quarter of the feed-forward modules can go, for '
+              'at most 0.065', '+0.065, "comparable"', [{'na2_nf3': 1, 'na4_nf4': -1}], 0.065),
         Claim('fig3', 'Attention is more redundant: '
               'removing two, or three, costs less of N_A than of N_F',
               '-0.005 and +0.096; +0.031 and +0.254',

@@ -2,7 +2,7 @@
 
   python reproduce.py                               8 layers, width 128, bytes: hours on 2 CPU cores
   python reproduce.py --scale=ratio --text=books/   the paper's 85 tokens per parameter
-  python reproduce.py --scale=gpu --text=books/     8 layers, width 512, BPE: an H100, half an hour
+  python reproduce.py --scale=gpu --text=books/     8 layers, width 512, BPE: an H100, 36 minutes
   python reproduce.py --scale=paper --size=small    one of the paper's three sizes on 8 GPUs
   python reproduce.py --only=table1,fig4 --seeds=3  some of it, with more seeds
   python reproduce.py --only=fig4 --cells=k1h1s     of that, some cells and their baselines

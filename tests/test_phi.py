@@ -59,7 +59,7 @@ def test_the_dense_loops_over_the_decisions_give_the_same(system):
         def routes(kind, h, b):
             d = made.get((kind, h))
             if d is None:  # all tokens take one module, which the router has no say in
-                return [[(chunk.choose(kind, None, h, {}).route[0], 1.0)]] * 7
+                return [[(chunk.choose(kind, None, h, {}).rows[0], 1.0)]] * 7
             return [[(i, w) for i, w in zip(d.ids[t].tolist(), d.weights[t]) if i < d.N]
                     for t in range(7 * b, 7 * b + 7)]
 
@@ -472,7 +472,7 @@ def test_the_balance_loss_takes_the_tau_of_the_weights_and_its_coefficient(monke
 
 def test_attention_of_moe_share_goes_through_the_layers():
     model = build('moe_share')
-    picked = [model.chunks[1].choose('A', None, h, {}).route for h in range(4)]
+    picked = [model.chunks[1].choose('A', None, h, {}).rows for h in range(4)]
     assert picked == [[0], [1], [2], [3]]
 
 
