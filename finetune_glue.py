@@ -8,12 +8,12 @@ The paper: learning rate 2e-5, 128 tokens; CoLA, STS-B, MRPC, RTE 3 epochs of ba
 QNLI, QQP, SST-2 8,000 steps of 64. The average is over nine figures, MNLI's two among them.
 
 The paper leaves open, and we took what is usual for BERT and GPT: Matthews correlation for CoLA,
-sentences of a pair in one order (Radford et al. 2018 take both where they are similar), AdamW (0.9, 0.999) with weight
-decay 0.01, 10% linear warm-up, then linear decay to 0, clipping at 1.0. The weights after the last
-step are scored, on the validation split. Each sentence is followed by <|endoftext|>; of a pair that
-is too long, the longer one is cut. One linear layer reads the last <|endoftext|>, after the final
-LayerNorm. STS-B is regression with squared error. MoD, and a balance loss, take padding for tokens
-in training.
+AdamW (0.9, 0.999) with weight decay 0.01, 10% linear warm-up, then linear decay to 0, clipping at
+1.0. The weights after the last step are scored, on the validation split. Each sentence is followed
+by <|endoftext|>; a pair is read in one order (Radford et al. 2018 read both where the question is
+how similar they are), and of one that is too long, the longer sentence is cut. One linear layer
+reads the last <|endoftext|>, after the final LayerNorm. STS-B is regression with squared error.
+MoD, and a balance loss, take padding for tokens in training.
 
 Files: data_dir/rte/train.jsonl, validation.jsonl and, if there is one, test.jsonl (mnli:
 validation_matched, validation_mismatched); also .parquet, .csv, .tsv, the Hub's shards, and GLUE's

@@ -74,8 +74,8 @@ def architecture():
                    'x = u + Σ r · FFN(u)'),
         path(f'M {SUM} 288 V 326 H 172 V 144'), note(MODULES, 320, 'next step: H times in all'),
         path(f'M {SUM + 12} 276 H 794'), box(796, 244, 100, 64, *block), path('M 896 276 H 916'),
-        note(24, 374, 'One token, one step, K = 2: it takes MHA 2 and 4, then FFN 1 and SKIP; Σ is over '
-                      'these. Other tokens, and other steps, take others.')]
+        note(24, 374, 'One token, one step, K = 2: it takes MHA 2 and 4, then FFN 1 and SKIP; Σ is '
+                      'over these. Other tokens, and other steps, take others.')]
     arrow = ('<defs><marker id="arrow" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" '
              'markerHeight="7" orient="auto"><path d="M 0 0 L 8 4 L 0 8 z"/></marker></defs>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 920 386" role="img" '
