@@ -97,7 +97,7 @@ def read_ids(tokenizer, block_size, folder):
     Returns ids (n, T + 1) int64, and of each sequence the ids before it in the text, 4 at most: as
     many tokens as a character can span. Raises ValueError when there is no text, or too little.
     """
-    where = text or os.path.join(folder, 'val.bin')
+    where = text or os.path.join(folder or source, 'val.bin')
     if text:
         ids = np.array(tokenizer.encode_ordinary(common.read_text(text)), dtype=np.int64)
     elif os.path.isfile(where):
@@ -404,8 +404,6 @@ def main():
     for key in ('tokens', 'routes', 'page', 'batch'):
         if settings[key] < 1:
             raise ValueError(f'{key}={settings[key]} must be at least 1')
-    if seed < 0:
-        raise ValueError(f'seed={seed} must be at least 0')
     again = common.command('python', *sys.argv)
     common.if_stopped = f'Nothing is written. Begin anew with {again}'
     where = common.find_device(device)

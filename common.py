@@ -94,6 +94,9 @@ def load(scope, argv=None, model=None, without=()):
                 value = os.path.expanduser(value)
             settings[key] = value
             given.add(key)
+    seed = settings.get('seed', 0)
+    if not 0 <= seed < 2 ** 63:  # torch takes no larger one
+        raise ValueError(f'seed={seed} must be at least 0 and below 2^63')
     scope.update((k, settings[k]) for k in own)
     return settings, given
 
@@ -137,7 +140,7 @@ def _parse(text, default):
         return text.lower() == 'true'
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
         return text  # not a Python value: _typed says what was wanted
 
 

@@ -80,15 +80,20 @@ def score(model, pieces, vocab, batch_size):
     return scores
 
 
+def exp(nats):
+    """A perplexity; None where it is too large for a float, as JSON has no infinity."""
+    return math.exp(nats) if nats < 700 else None
+
+
 def perplexity(model, tokenizer, words, stride, batch_size):
     """The figures of a text, `words`, as a dict; `nats` is their sum over its tokens."""
     ids = torch.tensor([tokenizer.eot_token, *tokenizer.encode_ordinary(words)])
     pieces = windows(ids, model.cfg.block_size, stride)
     nats = -math.fsum(log_p for log_p, _ in score(model, pieces, tokenizer.n_vocab, batch_size))
     counts = {'tokens': len(ids) - 1, 'words': len(words.split()), 'bytes': len(words.encode())}
-    per_word = nats / max(1, counts['words'])
-    return {**counts, 'nats': nats, 'token_perplexity': math.exp(nats / counts['tokens']),
-            'word_perplexity': math.exp(per_word) if per_word < 700 else math.inf,
+    per_token, per_word = nats / counts['tokens'], nats / max(1, counts['words'])
+    return {**counts, 'nats': nats, 'token_perplexity': exp(per_token),
+            'word_perplexity': exp(per_word),
             'bits_per_byte': nats / counts['bytes'] / math.log(2)}
 
 
@@ -246,8 +251,8 @@ def main():
         found = perplexity(model, tokenizer, words, step, batch_size)
         counts = ', '.join(f'{found[kind]:,} {kind}' for kind in ('tokens', 'words', 'bytes'))
         print(f'{text}: {counts}, a window of {block} tokens that moves by {step}')
-        print(f'perplexity {found["token_perplexity"]:.4f} per token, '
-              f'{found["word_perplexity"]:.4f} per word; '
+        print(f'perplexity {found["token_perplexity"] or math.inf:.4f} per token, '
+              f'{found["word_perplexity"] or math.inf:.4f} per word; '
               f'{found["bits_per_byte"]:.4f} bits per byte')
         save({'text': text, 'stride': step, 'block_size': block, **found, 'config': info},
              folder, 'perplexity')

@@ -126,11 +126,11 @@ def say(text):
 
 def check_settings(settings, **least):
     """ValueError for a number below its least, here or in `least`; for a wrong dtype or warmup."""
-    least = dict(dict(seeds=1, micro_batch=1, seed=0, max_train=0, max_eval=0, epochs=0,
+    least = dict(dict(seeds=1, micro_batch=1, max_train=0, max_eval=0, epochs=0,
                       batch_size=1, learning_rate=0, weight_decay=0, grad_clip=0), **least)
     for key, value in least.items():
-        if not settings[key] >= value:  # so that nan is refused too
-            raise ValueError(f'{key}={settings[key]} must be at least {value}')
+        if not value <= settings[key] < math.inf:  # so that nan is refused too
+            raise ValueError(f'{key}={settings[key]} must be at least {value}, and finite')
     dtype = settings['dtype']
     if dtype not in ('auto', 'bfloat16', 'float32'):  # fp16 wants losses that are scaled
         raise ValueError(f"dtype={dtype!r} must be one of 'auto', 'bfloat16', 'float32'")

@@ -432,6 +432,8 @@ def adopt(folder, tok):
                 documents += int((ids == tok.eot_token).sum())
                 text_bytes += int(sizes[ids].sum())
                 bar.update(len(piece))
+        if not text_bytes:
+            raise ValueError(f'{path} holds no text, only {common.EOT}')
         meta |= {f'{split}_tokens': size // 2, f'{split}_bytes': text_bytes,
                  f'{split}_sha256': digest.hexdigest()}
     meta['documents'] = documents
@@ -441,7 +443,7 @@ def adopt(folder, tok):
 
 
 def main():
-    for key, value in dict(val_tokens=val_tokens, seed=seed, workers=workers).items():
+    for key, value in dict(val_tokens=val_tokens, workers=workers).items():
         if value < 0:
             raise ValueError(f'{key}={value} must be at least 0')
     tok = inputs.tokenizer(tokenizer)

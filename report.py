@@ -99,7 +99,9 @@ def drawing(panel):
     svg = re.sub(r'<metadata>.*?</metadata>|<!--.*?-->|<style.*?</style>', '', svg, flags=re.S)
     svg = svg[svg.index('>', svg.index('<svg')) + 1:]
     svg = re.sub(r'<g id="[^"]*"', '<g', svg)
-    svg = re.sub(r'(\.\d\d)\d+', r'\1', re.sub(r'\s*\n\s*', ' ', svg))
+    # Two decimals are enough for coordinates; what stands between tags is text.
+    svg = re.sub(r'<[^>]*>', lambda tag: re.sub(r'(\.\d\d)\d+', r'\1', tag[0]), svg)
+    svg = re.sub(r'\s*\n\s*', ' ', svg)
     svg = svg.replace(INK, 'currentColor').replace(PAPER, 'var(--paper)')
     return f'<svg {box} style="width:{width:.2f}in;min-width:{0.7 * width:.2f}in">{svg}'
 
@@ -257,7 +259,8 @@ def draw_curves(folder, runs, base):
     if not runs:
         return ''
     panels = [(partial(draw_losses, runs), 5, 3.4)]
-    others = [one for one in runs if base and one is not base and one['same'] == base['same']]
+    others = [one for one in runs if base and one is not base and one['same'] == base['same']
+              and dict(one['train']).keys() & dict(base['train']).keys()]
     if others:
         panels.append((partial(draw_differences, others, base, runs), 5, 3.4))
     numbers = {one['folder']: {key: one[key] for key in ('train', 'validation')} for one in runs}
@@ -294,9 +297,9 @@ def draw_differences(others, base, runs, axis):
     for one in others:
         colour = f'C{runs.index(one)}'
         both = [(step, v - train[step]) for step, v in one['train'] if step in train]
-        measured = [(step, v - val[step]) for step, v in one['validation'] if step in val]
+        measured = {step: v - val[step] for step, v in one['validation'] if step in val}
         axis.plot(*smooth(both), color=colour, alpha=0.6, lw=1)
-        axis.plot(*zip(*measured), 'o-', color=colour, label=one['name'])
+        axis.plot(measured.keys(), measured.values(), 'o-', color=colour, label=one['name'])
     axis.set(xlabel='step', ylabel='nats per token; below 0 is better',
              title=f'difference from {base["name"]}, same batches')
     axis.legend(fontsize=8)

@@ -102,7 +102,8 @@ if not 1 <= seeds or min(workers, processes) < 0:
 if steps and (len(steps) != 2 or any(type(n) is not int or n < 1 for n in steps)):
     raise ValueError(f'steps={steps} must be two numbers, of phase one and of phase two, such as '
                      '[1500,1000]')
-if not 0 <= rate < math.inf or any(type(r) not in (int, float) or r <= 0 for r in rates):
+if not (0 <= rate < math.inf
+        and all(type(r) in (int, float) and 0 < r < math.inf for r in rates)):
     raise ValueError(f'rate={rate} must be at least 0, and rates={rates} positive numbers, such as '
                      '[0.002,0.004]')
 

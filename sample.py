@@ -410,14 +410,14 @@ def generate(model, idx, max_new_tokens, temperature=1.0, top_k=None, top_p=None
 
 def check(cfg, idx, max_new_tokens, temperature, top_k, top_p, beams, lengths, vocab):
     """The arguments of generate -> lengths as a tensor or None. Raises ValueError."""
-    B, T = idx.shape
+    (B, T), most = idx.shape, cfg.vocab_size
     if (B < 1 or T < 1 or max_new_tokens < 1 or not 0 <= temperature < math.inf or beams < 1
             or top_k is not None and top_k < 1 or top_p is not None and not 0 < top_p <= 1
-            or vocab is not None and not 1 <= vocab <= cfg.vocab_size):
+            or not 1 + (beams > 1) <= (most if vocab is None else vocab) <= most):
         raise ValueError(f'temperature={temperature} must be a number >= 0, top_k={top_k} >= 1 or '
                          f'None, top_p={top_p} above 0 and at most 1 or None, beams={beams} and '
-                         f'max_new_tokens={max_new_tokens} >= 1, vocab={vocab} from 1 to '
-                         f'{cfg.vocab_size} or None, and idx not empty')
+                         f'max_new_tokens={max_new_tokens} >= 1, vocab={vocab} from 1 to {most} '
+                         'or None, and of at least 2 with beams, and idx not empty')
     if lengths is not None:
         lengths = torch.as_tensor(lengths, device=idx.device)
         if lengths.shape != (B,) or not (1 <= lengths.min() and lengths.max() <= T):

@@ -112,7 +112,7 @@ resumed = checkpoint is not None
 
 for key in ('batch_size', 'micro_batch', 'block_size', 'eval_every', 'eval_tokens', 'log_every'):
     need(settings[key] >= 1, f'{key}={settings[key]} must be at least 1')
-for key in ('max_steps', 'seed', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip'):
+for key in ('max_steps', 'learning_rate', 'min_lr', 'weight_decay', 'grad_clip'):
     need(0 <= settings[key] < math.inf, f'{key}={settings[key]} must be a number of at least 0')
 for key in ('beta1', 'beta2'):
     need(0 <= settings[key] < 1, f'{key}={settings[key]} must be at least 0 and below 1')

@@ -345,6 +345,24 @@ def test_curves_and_what_they_come_to(drawn, tmp_path):
     assert report.draw_curves(tmp_path, [], None) == ''
 
 
+def test_numbers_and_names_on_the_page_are_those_of_the_picture(drawn, tmp_path):
+    base, own = a_run('base', True, [2.4, 2.3]), a_run('lr0.0015', False, [2.4, 2.3004])
+    page = report.draw_curves(tmp_path, [base, own], base)
+    labels = re.findall('<text[^>]*>([^<]*)<', page)
+    axis = drawn[0].axes[1]
+    low, high = axis.get_ylim()
+    ticks = [tick.get_text() for at, tick in zip(axis.get_yticks(), axis.get_yticklabels())
+             if low <= at <= high]
+    assert len({*ticks}) == len(ticks) > 2 and {*ticks, 'lr0.0015'} <= {*labels}
+
+
+def test_a_run_without_a_step_in_common_has_no_difference(drawn, tmp_path):
+    base, own = a_run('base', True, [2.4, 2.3]), a_run('mom', False, [2.4, 2.3])
+    own['train'] = [(step + 100, loss) for step, loss in own['train']]
+    report.draw_curves(tmp_path, [base, own], base)
+    assert len(drawn[0].axes) == 1
+
+
 def test_the_page_is_in_the_colours_of_its_reader():
     chunks = numbers(build('mom'))[0]
     svg = report.drawing((lambda axis: report.draw_graph(chunks[0], axis), 4, 4))

@@ -248,11 +248,20 @@ def test_config_files_of_all_kinds(tmp_path, monkeypatch):
     ('--max_steps=1.5', 'takes int'), ('--max_steps=many', "takes int .* not str 'many'"),
     ('--skip=1', 'takes bool'), ('--betas=0.9', 'takes list'),
     ('--learning_rate=True', 'takes float'), ('--skip', '--key=value'),
-    ('max_steps=3', 'neither a config file'),
+    ('max_steps=3', 'neither a config file'), ('--max_steps={[]:1}', 'takes int'),
     ('config/mom_dema.py', 'did you mean config/mom_demo.py'), ('zzz.py', 'config/ holds')])
 def test_mistakes_name_the_fix(argument, message):
     with pytest.raises(ValueError, match=message):
         load(argument)
+
+
+def test_a_seed_is_one_that_torch_takes():
+    for seed in (0, 2 ** 63 - 1):
+        settings, _ = load(f'--seed={seed}', seed=1)
+        torch.Generator().manual_seed(settings['seed'])
+    for seed in (-1, 2 ** 63):
+        with pytest.raises(ValueError, match=f'seed={seed} must be at least 0 and below'):
+            load(f'--seed={seed}', seed=1)
 
 
 def test_an_unknown_key_in_a_file_is_an_error(tmp_path):

@@ -110,6 +110,18 @@ def test_the_script_prints_and_writes_the_same(tmp_path):
     assert written['stride'] == 7 and written['config']['model_sha'] == model.fingerprint()
 
 
+def test_what_no_float_can_hold_is_null(tmp_path):
+    model = save(tmp_path)
+    model.ln_f.weight.data.fill_(3e4)
+    torch.save({'model': model.state_dict(), 'model_config': vars(model.cfg),
+                'meta': {'tokenizer': 'bytes'}}, tmp_path / 'last.pt')
+    (tmp_path / 'a.txt').write_text('abcdefgh' * 20)
+    written, printed = run(tmp_path, f'--text={tmp_path}/a.txt')
+    assert written['nats'] > 700 * written['tokens'] and written['bits_per_byte'] > 1000
+    assert written['token_perplexity'] is None and written['word_perplexity'] is None
+    assert 'perplexity inf per token, inf per word' in printed
+
+
 def test_mistakes_name_the_fix(tmp_path, monkeypatch):
     save(tmp_path)
     (tmp_path / 'a.txt').write_text(TEXT, encoding='utf-8')

@@ -182,6 +182,7 @@ def test_mistakes_name_the_fix():
                           (dict(temperature=float('inf')), 'temperature=inf'),
                           (dict(temperature=float('nan')), 'temperature=nan'),
                           (dict(vocab=0), 'vocab=0'), (dict(vocab=51), 'from 1 to 50'),
+                          (dict(vocab=1, beams=2), 'at least 2 with beams'),
                           (dict(lengths=[3]), 'each of the 2 rows'),
                           (dict(lengths=torch.tensor([3, 21])), 'a length of 1 to 20'),
                           (dict(lengths=torch.tensor([3])), 'each of the 2 rows'),

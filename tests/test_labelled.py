@@ -159,11 +159,12 @@ def test_padding():
 
 
 def test_settings_that_are_too_small():
-    good = dict(seeds=1, micro_batch=1, seed=0, max_train=0, max_eval=0, epochs=0, batch_size=1,
+    good = dict(seeds=1, micro_batch=1, max_train=0, max_eval=0, epochs=0, batch_size=1,
                 learning_rate=0.0, weight_decay=0.0, grad_clip=0.0, warmup=0.1, beams=1,
                 dtype='auto')
     finetune.check_settings(good, beams=1)
-    for key, values in dict(learning_rate=(-1.0, math.nan), batch_size=(0,), beams=(0, -1)).items():
+    wrong = dict(learning_rate=(-1.0, math.nan, math.inf), batch_size=(0,), beams=(0, -1))
+    for key, values in wrong.items():
         for value in values:
             with pytest.raises(ValueError, match=f'{key}={value} must be at least '):
                 finetune.check_settings({**good, key: value}, beams=1)

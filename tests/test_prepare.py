@@ -526,6 +526,13 @@ def test_bins_that_are_not_of_the_tokenizer_are_refused(tmp_path, monkeypatch):
     assert not (tmp_path / 'bins' / 'meta.json').exists()
 
 
+def test_bins_without_text_are_refused(tmp_path, monkeypatch):
+    np.arange(100, dtype=np.uint16).tofile(tmp_path / 'train.bin')
+    np.full(100, 256, dtype=np.uint16).tofile(tmp_path / 'val.bin')
+    with pytest.raises(ValueError, match=r'val.bin holds no text, only <\|endoftext'):
+        main(monkeypatch, f'--dataset={tmp_path}', '--tokenizer=bytes')
+
+
 def test_it_says_which_preparation_it_replaces(tmp_path, monkeypatch, capsys):
     for name in ('one', 'two'):
         (tmp_path / f'{name}.txt').write_text(f'text {name}')

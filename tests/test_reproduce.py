@@ -332,7 +332,8 @@ def test_another_rate_of_phase_one_and_of_all_from_scratch(text, tmp_path):  # n
         reproduce(text, out, '--only=table2', '--report=True', *more)
         scratch, phase_one, *_ = results(out)['rows']['table2']
         assert [row['runs'] and row['mean']['loss'] for row in (scratch, phase_one)] == losses
-    assert 'rate=-1.0 must be at least 0' in reproduce(text, out, '--rate=-1', fails=True)
+    for wrong in '--rate=-1', '--rates=[1e999]':
+        assert 'must be at least 0, and rates=' in reproduce(text, out, wrong, fails=True)
 
 
 @pytest.mark.parametrize('folder', sorted(glob.glob(f'{common.ROOT}/docs/data/*/')))
