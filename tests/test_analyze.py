@@ -544,7 +544,8 @@ def test_exported_weights_and_a_text_are_enough(tmp_path):
     text.write_text('It was a dark and stormy night. ' * 9)
     args = [f'--source={tmp_path}/hf', '--tokens=128']
     assert '128 tokens. Loss' in command(tmp_path, *args, f'--text={text}')
-    assert 'no text at val.bin: give a folder' in command(tmp_path, *args, fails=True)
+    wanted = f'no text at {tmp_path}/hf/val.bin: give a folder'
+    assert wanted in command(tmp_path, *args, fails=True)
 
 
 def test_mistakes(tmp_path):
