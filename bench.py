@@ -272,12 +272,14 @@ def modules_read(d, starts, tied):
 
 def runs():
     """Finished runs of train.py side by side."""
-    if not of:
+    sources = [source.strip() for source in of.split(',') if source.strip()]
+    if not sources:
         raise ValueError('which runs? Name their folders: --of=out/gpt2_demo,out/mom_demo')
     print('depth: assembly steps executed; active: of modules that tokens took (SKIP is none);\n'
           'bits/byte: of the validation, before the first step and after the last.')
     rows = []
-    for folder in of.split(','):
+    for source in sources:
+        folder = os.path.dirname(source) if source.endswith('.pt') else source
         checkpoint = load_checkpoint(os.path.join(folder, 'last.pt'))
         cfg = MoMConfig(**checkpoint['model_config'])
         log, val = common.read_log(folder)
@@ -287,7 +289,7 @@ def runs():
         flops = model.flops_per_token(cfg.block_size, float(last['k_a']), float(last['k_f']))
         speed = statistics.median(float(row['tokens_per_s']) for row in log)
         rows.append({
-            'run': os.path.basename(os.path.normpath(folder)), 'chunks': cfg.chunks,
+            'run': common.run_name(source), 'chunks': cfg.chunks,
             'assembly': cfg.assembly, 'depth': cfg.depth,
             'parameters': n_params, 'in routers': n_router,
             'active MFLOPs/token': round(flops / 1e6, 2), 'steps': checkpoint['step'],

@@ -390,6 +390,11 @@ def run_name(source):
     return f'{os.path.basename(above)}_{name}' if re.fullmatch(r'seed\d+', name) else name
 
 
+def whole_lines(file):
+    """The lines of a text file but for what a kill or a power cut leaves: half a line, NULs."""
+    return [line for line in file if line.endswith('\n') and '\0' not in line]
+
+
 def read_log(folder):
     """log.csv of a run of train.py -> rows of its steps, and of its validations: dicts of words.
 
@@ -399,8 +404,7 @@ def read_log(folder):
     if not os.path.isfile(path):
         raise ValueError(f'{folder} has no log.csv: name the directory of a run of train.py')
     with open(path, newline='', errors='replace') as f:
-        whole = [line for line in f if line.endswith('\n') and '\0' not in line]  # no half a line
-    rows = list(csv.DictReader(whole))
+        rows = list(csv.DictReader(whole_lines(f)))
     steps, val = ([row for row in rows if row.get(key)] for key in ('loss', 'val_loss'))
     if not steps or not val:
         raise ValueError(f'{folder} has no finished steps yet: resume that run, or name another')

@@ -168,7 +168,7 @@ def cut_note(cut, n):
     """How many of n examples were too long and lost a part; with a warning above 10%."""
     note = f'truncated {cut:,} of {n:,}'
     if cut > n / 10:
-        note += f' (warning: {cut / n:.0%}; weights with a longer block_size see more of the text)'
+        note += f' (warning: {cut / n:.0%}; a larger length, up to block_size, keeps more of them)'
     return note
 
 

@@ -396,10 +396,13 @@ def summarise(seed):
     name, box = f'seed{seed}/summaries.jsonl', [{}]
     path = os.path.join(out_dir, name)
     if is_main and os.path.exists(path):
-        with open(path, encoding='utf-8') as file:
-            # A crash can leave half of the last line.
-            lines = [json.loads(line) for line in file if line.endswith('\n')]
-        box = [{line['row']: line for line in lines}]
+        try:
+            with open(path, encoding='utf-8') as file:
+                lines = [json.loads(line) for line in common.whole_lines(file)]
+            box = [{line['row']: line for line in lines}]
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f'{path} is damaged ({error!r}): delete it, and the summaries are '
+                             'made again') from error
     if world > 1:
         dist.broadcast_object_list(box)
     done, = box

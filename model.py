@@ -266,7 +266,7 @@ def plan_chunk(cfg, i):
 # What one step applies, of attention (kind 'A') or feed-forward ('F'); under MoD, which tokens go
 # through a block ('T'). N: the size of the pool; SKIP's id is N. ids (M, K), weights (M, K): the
 # picks of each token, or None where all take one module with weight 1. aux: a loss of its own, or
-# None. rows: the picks as they are carried out, rows sorted by module; see sort_picks.
+# None. rows: how the picks are carried out; see sort_picks.
 Decision = namedtuple('Decision', 'kind step N ids weights aux rows')
 
 

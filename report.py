@@ -267,6 +267,11 @@ def draw_curves(folder, runs, base):
     return save(folder, 'curves', panels, numbers, 2)
 
 
+def plain(name):
+    """A run's name for a picture, where $ begins a formula, and _ hides a label."""
+    return re.sub('^_', ' _', name.replace('$', r'\$'))
+
+
 def smooth(points):
     """[(step, value)] -> steps and the running mean of the values, over a fiftieth of them."""
     width = max(1, len(points) // 50)
@@ -286,7 +291,8 @@ def draw_losses(runs, axis):
     top = 1.1 * np.quantile(every, 0.97)
     for n, (one, (steps, mean)) in enumerate(zip(runs, means)):
         axis.plot(*within(zip(steps, mean), top), color=f'C{n}', alpha=0.6, lw=1)
-        axis.plot(*within(one['validation'], top), 'o-', color=f'C{n}', label=one['name'])
+        axis.plot(*within(one['validation'], top), 'o-', color=f'C{n}',
+                  label=plain(one['name']))
     axis.set(xlabel='step', ylabel='nats per token', ylim=(0.97 * every.min(), top), title='loss')
     axis.legend(fontsize=8)
 
@@ -299,9 +305,10 @@ def draw_differences(others, base, runs, axis):
         both = [(step, v - train[step]) for step, v in one['train'] if step in train]
         measured = {step: v - val[step] for step, v in one['validation'] if step in val}
         axis.plot(*smooth(both), color=colour, alpha=0.6, lw=1)
-        axis.plot(measured.keys(), measured.values(), 'o-', color=colour, label=one['name'])
+        axis.plot(measured.keys(), measured.values(), 'o-', color=colour,
+                  label=plain(one['name']))
     axis.set(xlabel='step', ylabel='nats per token; below 0 is better',
-             title=f'difference from {base["name"]}, same batches')
+             title=f'difference from {plain(base["name"])}, same batches')
     axis.legend(fontsize=8)
 
 

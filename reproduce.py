@@ -265,8 +265,7 @@ def finished(run):
     want = asked(run)
     if not want or not keep or not os.path.exists(kept(run, '.json')):
         return False
-    with open(kept(run, '.json'), encoding='utf-8') as f:
-        one = json.load(f)
+    one = read_kept(run)
     refuse_another(kept(run, '.json'), want, one['settings'], one['train_sha256'])
     records[run] = one['result']
     return True
@@ -277,17 +276,35 @@ def trained(run):
     want = asked(run)
     if not want or not os.path.exists(folder(run, 'last.pt')):
         return False
-    saved = load_checkpoint(folder(run, 'last.pt'))
-    refuse_another(folder(run), want, saved['settings'], saved['meta']['train_sha256'])
-    if saved['step'] < want['max_steps']:
+    again = f'remove {folder(run)}, and it is trained again'
+    try:
+        saved = load_checkpoint(folder(run, 'last.pt'))
+        had, text_had, step = saved['settings'], saved['meta']['train_sha256'], saved['step']
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{folder(run)} holds no run of train.py ({error!r}): {again}') from error
+    refuse_another(folder(run), want, had, text_had)
+    if step < want['max_steps']:
         return False
     log = log_of(run)
-    if not any(row['val_loss'] and int(row['step']) == want['max_steps'] for row in log):
+    if not any(row.get('val_loss') and int(row['step']) == want['max_steps'] for row in log):
+        if saved.get('val_step') == step:
+            raise ValueError(f'{folder(run, "log.csv")} lacks the last validation: {again}')
         return False  # it was stopped in its last evaluation
     records[run] = result_of(run, saved, log)
     if keep and not os.path.exists(kept(run, '.json')):
         write_kept(run, want, saved)
     return True
+
+
+def read_kept(run):
+    """What write_kept wrote of a run. Raises ValueError if it is something else."""
+    try:
+        with open(kept(run, '.json'), encoding='utf-8') as f:
+            one = json.load(f)
+        return {key: one[key] for key in ('settings', 'train_sha256', 'result')}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f'{kept(run, ".json")} holds no result ({error!r}): remove it, and that '
+                         'cell is trained again') from error
 
 
 def write_kept(run, want, saved):
@@ -321,14 +338,16 @@ def refuse_another(where, want, had, text_had):
 
 
 def log_of(run):
-    """The rows of a finished run's log.csv, from its folder or from `keep`."""
-    path = folder(run, 'log.csv')
+    """The rows of a run's log.csv, from its folder or from `keep`; [] if it is in neither."""
+    path, packed = folder(run, 'log.csv'), kept(run, '.csv.xz')
     if os.path.exists(path):
-        file = open(path, newline='')
+        file = open(path, newline='', errors='replace')
+    elif keep and os.path.exists(packed):
+        file = lzma.open(packed, 'rt', newline='')
     else:
-        file = lzma.open(kept(run, '.csv.xz'), 'rt', newline='')
+        return []
     with file:
-        return list(csv.DictReader(file))
+        return list(csv.DictReader(common.whole_lines(file)))
 
 
 def result_of(run, saved, log):
@@ -747,8 +766,7 @@ def train(what, runs):
 def say_if_kept_otherwise(run):
     """Another machine rounds otherwise: a run that is trained again may end elsewhere."""
     if keep:
-        with open(kept(run, '.json'), encoding='utf-8') as f:
-            before = json.load(f)['result']['loss']
+        before = read_kept(run)['result']['loss']
         if before != records[run]['loss']:
             print(f'{run_name(run)}: {keep} has {before:.4f}. What starts from it now goes with '
                   'what started from it now, and not with what is kept', flush=True)
@@ -838,8 +856,13 @@ common.if_stopped = 'The same command goes on: ' + common.command('python', *sys
 # Seeds that another call has trained belong into every report of this one.
 for run in with_needs(probes(known)):
     finished(run)
-for run in with_needs(tuned(name, seed) for name in known for seed in range(1, last_seed + 1)):
+there = with_needs(tuned(name, seed) for name in known for seed in range(1, last_seed + 1))
+for run in there:
     finished(run)
+for run in there:
+    parent = parent_of(run)
+    if parent and parent not in records and run[1] and os.path.exists(folder(run, 'last.pt')):
+        print(f'{folder(run)} is left out: {run_name(parent)}, which it starts from, is not there')
 
 if not report:
     train('learning rates', with_needs(probes(wanted)))

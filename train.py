@@ -375,8 +375,7 @@ if writes:
     kept = []
     if resumed and os.path.exists(log_path):  # steps after the checkpoint are done again
         with open(log_path, newline='', errors='replace') as f:
-            # A kill can leave half of a line; Python 3.10 reads none with a NUL.
-            lines = [line for line in f if line.endswith('\n') and '\0' not in line]
+            lines = common.whole_lines(f)
         for row in csv.reader(lines):
             if len(row) == len(COLUMNS) and row[0].isdigit():
                 measured = row[COLUMNS.index('val_loss')]

@@ -126,7 +126,7 @@ def load_file(path):
         return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
     except UNREADABLE as error:
         raise ValueError(f'{path} cannot be read ({type(error).__name__}): it is broken or no '
-                         'checkpoint') from error
+                         'checkpoint. Take another, or delete it and make it again') from error
 
 
 def numbers(weights):

@@ -356,6 +356,15 @@ def test_numbers_and_names_on_the_page_are_those_of_the_picture(drawn, tmp_path)
     assert len({*ticks}) == len(ticks) > 2 and {*ticks, 'lr0.0015'} <= {*labels}
 
 
+@pytest.mark.parametrize('name', ['c$^$', 'a$b', '_hidden', 'plain'])
+def test_a_name_is_shown_as_it_is(name, drawn, tmp_path):
+    runs = [a_run(name, True, [2.4, 2.3]), a_run(f'{name} 2', False, [2.4, 2.2])]
+    page = report.draw_curves(tmp_path, runs, runs[0])
+    labels = [text.strip() for text in re.findall('<text[^>]*>([^<]*)<', page)]
+    assert labels.count(name) == 1 and labels.count(f'{name} 2') == 2
+    assert f'difference from {name}, same batches' in ' '.join(' '.join(labels).split())
+
+
 def test_a_run_without_a_step_in_common_has_no_difference(drawn, tmp_path):
     base, own = a_run('base', True, [2.4, 2.3]), a_run('mom', False, [2.4, 2.3])
     own['train'] = [(step + 100, loss) for step, loss in own['train']]

@@ -336,6 +336,41 @@ def test_another_rate_of_phase_one_and_of_all_from_scratch(text, tmp_path):  # n
         assert 'must be at least 0, and rates=' in reproduce(text, out, wrong, fails=True)
 
 
+def test_what_is_damaged_or_missing_is_named(text, tmp_path):  # noqa: F811
+    out, kept = tmp_path / 'run', tmp_path / 'kept'
+    ask = '--only=table1', '--cells=k2h6s', '--rates=[0.01]', f'--keep={kept}', '--report=True'
+    for name, needs, steps in (('phase_one', '', STEPS[0]), ('vanilla', 'phase_one', STEPS[1])):
+        make_up(out, name, 4.0, needs=needs, steps=steps)
+    reproduce(text, out, *ask)
+    vanilla = out / 'vanilla_lr0.01_seed1'
+    log, saved = (vanilla / 'log.csv').read_text(), torch.load(vanilla / 'last.pt')
+    torch.save({**saved, 'val_step': saved['step']}, vanilla / 'last.pt')
+    first, rest = log.split('\n', 1)
+    for wrong in rest, log[:-3], '':  # without its first line, cut in its last, empty
+        (vanilla / 'log.csv').write_text(wrong)
+        error = reproduce(text, out, *ask, fails=True)
+        assert f'{vanilla}/log.csv lacks the last validation: remove {vanilla}, and' in error
+    (vanilla / 'log.csv').unlink()
+    assert 'lacks the last validation' in reproduce(
+        text, out, *(word for word in ask if 'keep' not in word), fails=True)
+    (vanilla / 'last.pt').write_bytes(b'no checkpoint')
+    assert f'{vanilla} holds no run of train.py' in reproduce(text, out, *ask, fails=True)
+    shutil.rmtree(vanilla)
+    (kept / 'vanilla_lr0.01_seed1.json').write_text('[]')
+    assert 'seed1.json holds no result' in reproduce(text, out, *ask, fails=True)
+
+
+def test_a_report_says_what_it_leaves_out(text, tmp_path):  # noqa: F811
+    out = tmp_path / 'run'
+    make_up(out, 'phase_one', 4.0, needs='', steps=STEPS[0])
+    make_up(out, 'vanilla', 3.9)
+    ask = '--only=table1', '--cells=k2h6s', '--rates=[0.01]', '--report=True'
+    assert 'left out' not in reproduce(text, out, *ask)
+    shutil.rmtree(out / 'phase_one_lr0.01_seed1')
+    assert (f'{out}/vanilla_lr0.01_seed1 is left out: phase_one_lr0.01_seed1, which it starts '
+            'from, is not there') in reproduce(text, out, *ask)
+
+
 @pytest.mark.parametrize('folder', sorted(glob.glob(f'{common.ROOT}/docs/data/*/')))
 def test_a_report_in_docs_follows_from_the_results_beside_it(folder, tmp_path):
     """The command of each results.md, on a copy of its folder, writes the same page again."""

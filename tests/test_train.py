@@ -177,7 +177,7 @@ def test_sample(phase_two, tmp_path):
 
 
 def test_bench_puts_runs_side_by_side(phase_one, phase_two):
-    stdout = run('runs', f'--of={phase_one},{phase_two[0]}', script='bench.py')
+    stdout = run('runs', f'--of={phase_one},,{phase_two[0]}/last.pt', script='bench.py')
     vanilla, mom = json.loads(stdout.splitlines()[-1])['rows']
     assert vanilla['assembly'] == 'vanilla' and mom['assembly'] == 'K2H2S'
     assert vanilla['in routers'] == 0

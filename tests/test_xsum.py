@@ -587,6 +587,9 @@ def test_stopped_in_generation_goes_on_where_it_was(folder, tmp_path, monkeypatc
         run(*args, f'--out_dir={out}')
     assert sum(seen) == 3 and not trained  # six less the three whole lines, and no training
     assert summaries(out) == summaries(tmp_path / 'whole')
+    path.write_text(path.read_text() + '{"row": 0, "id"\n')  # no crash leaves that
+    with pytest.raises(ValueError, match='summaries.jsonl is damaged .* delete it'):
+        run(*args, f'--out_dir={out}')
 
 
 def test_another_run_in_the_same_folder_is_refused(folder, tmp_path, monkeypatch):
