@@ -350,7 +350,7 @@ def read_run(folder):
         model = GPT(cfg)
     flops = model.flops_per_token(cfg.block_size, float(val[-1]['k_a']), float(val[-1]['k_f']))
     same = {key: checkpoint.get('settings', {}).get(key) for key in SAME}
-    return dict(folder=folder, name=common.run_name(folder), steps=int(steps[-1]['step']),
+    return dict(folder=folder, name=common.run_name(folder), steps=int(val[-1]['step']),
                 train=[(int(row['step']), float(row['loss'])) for row in steps],
                 validation=[(int(row['step']), float(row['val_loss'])) for row in val],
                 bits=[float(row['val_bits_per_byte']) for row in (val[0], val[-1])],

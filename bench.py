@@ -276,7 +276,7 @@ def runs():
     if not sources:
         raise ValueError('which runs? Name their folders: --of=out/gpt2_demo,out/mom_demo')
     print('depth: assembly steps executed; active: of modules that tokens took (SKIP is none);\n'
-          'bits/byte: of the validation, before the first step and after the last.')
+          'steps: up to the last validation; bits/byte: of the validation, before and after them.')
     rows = []
     for source in sources:
         folder = os.path.dirname(source) if source.endswith('.pt') else source
@@ -292,7 +292,7 @@ def runs():
             'run': common.run_name(source), 'chunks': cfg.chunks,
             'assembly': cfg.assembly, 'depth': cfg.depth,
             'parameters': n_params, 'in routers': n_router,
-            'active MFLOPs/token': round(flops / 1e6, 2), 'steps': checkpoint['step'],
+            'active MFLOPs/token': round(flops / 1e6, 2), 'steps': int(last['step']),
             'bits/byte before': round(float(first['val_bits_per_byte']), 3),
             'bits/byte after': round(float(last['val_bits_per_byte']), 3),
             'tokens/s': round(speed)})

@@ -13,6 +13,7 @@ import ast
 import codecs
 import csv
 import difflib
+import errno
 import hashlib
 import importlib.util
 import inspect
@@ -199,6 +200,9 @@ def _sentence_instead_of_traceback(kind, error, trace):
     if kind in (FileExistsError, NotADirectoryError):  # from makedirs
         kind, ours = ValueError, True
         error = f'{error.filename} is a file, where a folder has to be: name another'
+    if kind is OSError and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        kind, ours = ValueError, True
+        error = f'{error.strerror}: make room, then give the same command again'
     if kind is ValueError and ours:
         print(f'{script}: error: {error}', file=sys.stderr)
     else:
@@ -395,16 +399,34 @@ def whole_lines(file):
     return [line for line in file if line.endswith('\n') and '\0' not in line]
 
 
+def log_rows(file, path):
+    """The rows of an open log.csv: dicts of words, each a number or ''. Without its head, none.
+
+    Raises ValueError, naming path and row, for one that is damaged.
+    """
+    rows = list(csv.DictReader(whole_lines(file)))
+    if rows and 'step' not in rows[0]:
+        return []
+    for row in rows:
+        try:
+            int(row['step'])
+            [float(word) for word in row.values() if word != '']
+        except (TypeError, ValueError) as error:
+            raise ValueError(f'{path}: {",".join(map(str, row.values()))} is no row of a log: '
+                             'delete that line') from error
+    return rows
+
+
 def read_log(folder):
     """log.csv of a run of train.py -> rows of its steps, and of its validations: dicts of words.
 
-    Raises ValueError if there are none.
+    Raises ValueError if there are none, or one is damaged.
     """
     path = os.path.join(folder, 'log.csv')
     if not os.path.isfile(path):
         raise ValueError(f'{folder} has no log.csv: name the directory of a run of train.py')
     with open(path, newline='', errors='replace') as f:
-        rows = list(csv.DictReader(whole_lines(f)))
+        rows = log_rows(f, path)
     steps, val = ([row for row in rows if row.get(key)] for key in ('loss', 'val_loss'))
     if not steps or not val:
         raise ValueError(f'{folder} has no finished steps yet: resume that run, or name another')

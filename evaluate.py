@@ -121,7 +121,8 @@ def harness(model, tokenizer, batch_size, info):
             if cut:
                 print(f'{cut} of {len(requests)} texts are longer than block_size={block}: their '
                       'beginnings are left out')
-            pieces = [((before + after)[-block - 1:], len(after))
+            # lm-eval gives the blanks that end a context to what follows, and may leave nothing.
+            pieces = [(((before or [self.eot_token_id]) + after)[-block - 1:], len(after))
                       for _, before, after in requests]
             return score(model, pieces, vocab, batch_size)
 

@@ -59,7 +59,7 @@ def read_tables(paths, columns=None, numbers=(), broken=None):
                 if row is not None:
                     yield f'{path}, row {n}', row
         # Not JSON, not UTF-8, not parquet; brackets without end; damaged quotes; not readable.
-        except (ValueError, RecursionError, csv.Error, OSError) as error:
+        except (ValueError, RuntimeError, csv.Error, OSError) as error:
             why = ' '.join(str(error).split())
             raise ValueError(f'{path}, row {n + 1} cannot be read ({why}): repair or delete it'
                              ) from error

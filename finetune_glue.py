@@ -149,7 +149,7 @@ def data_of(name):
     digest = hashlib.sha256()
     for folder in folders_of(name):
         for path in sorted(glob.glob(os.path.join(glob.escape(folder), '*'))):
-            if path.endswith(finetune.TABLES):
+            if path.endswith(finetune.TABLES) and os.path.isfile(path):
                 digest.update(f'{os.path.basename(path)} {common.sha256(path)}\n'.encode())
     return digest.hexdigest()
 

@@ -65,6 +65,9 @@ def find_files(paths):
         if os.path.isdir(path):
             inside = files_inside(path)
             found = [file for file in inside if ENDINGS.search(file)]
+            if not found and os.path.join(path, 'meta.json') in inside:
+                raise ValueError(f'{path} is prepared already: train.py --data_dir={path} takes '
+                                 'it. To have .bin files adopted anew, delete its meta.json')
             if not found:
                 raise ValueError(f'the folder {path} holds no text: give one with {KINDS} files')
             if others := Counter(os.path.splitext(file)[1] for file in set(inside) - set(found)):
@@ -178,13 +181,19 @@ def read_rows(batches, where, columns):
     """Documents of a table that comes as lists of values of `field`."""
     if field not in columns:
         next(chunks(None, where, columns))  # raises
+    for n, value in enumerate(values_of(batches, where), 1):
+        yield from chunks(value, f'{where}, row {n}', columns)
+
+
+def values_of(batches, where):
+    """The values of lists of them. Raises ValueError if the table that they are of is damaged."""
+    from pyarrow import ArrowException
     try:
-        for n, value in enumerate(chain.from_iterable(batches), 1):
-            yield from chunks(value, f'{where}, row {n}', columns)
+        yield from chain.from_iterable(batches)
     except UnicodeDecodeError as error:
         raise ValueError(f'{where} holds text that is not UTF-8 ({error.reason}): write it again '
                          'as UTF-8') from error
-    except OSError as error:  # pyarrow's, for pages that are damaged; the network's
+    except (OSError, ArrowException) as error:  # a damaged page; the network's
         told = ' '.join(str(error).split())
         raise ValueError(f'{where} is broken ({told}): fetch or write it again') from error
 
@@ -195,13 +204,14 @@ def read_parquet(path):
     try:
         # Without these two it reads whole groups of rows.
         table = ParquetFile(path, pre_buffer=False, buffer_size=PIECE)
-    except (pyarrow.ArrowInvalid, OSError) as error:
+        columns = table.schema_arrow.names
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError) as error:
         told = ' '.join(str(error).split())
         raise ValueError(f'{path} is not a parquet file ({told}): fetch or write it again'
                          ) from error
     rows = table.iter_batches(batch_size=64, columns=[field])
     batches = (batch.column(0).to_pylist() for batch in rows)
-    yield from read_rows(batches, path, table.schema_arrow.names)
+    yield from read_rows(batches, path, columns)
 
 
 def read_files(files):
@@ -486,9 +496,10 @@ def write(tokens, out, source, tok, ends, text_bytes):
         fix = f'try --val_tokens={share}' if total >= 4 else 'give more text'
         raise ValueError(f'val_tokens={count:,} of {total:,} tokens leave a split with fewer than '
                          f'2: {fix}')
-    paths = [os.path.join(out, name) for name in ('meta.json', 'train.bin', 'val.bin')]
-    with (common.atomic_write(paths[0]) as meta_json, common.atomic_write(paths[1]) as train,
-          common.atomic_write(paths[2]) as val):
+    paths = [os.path.join(out, name) for name in ('val.bin', 'train.bin', 'meta.json')]
+    # meta.json takes its place first: a kill in between leaves nothing that nobody knows of.
+    with (common.atomic_write(paths[0]) as val, common.atomic_write(paths[1]) as train,
+          common.atomic_write(paths[2]) as meta_json):
         ranges = draw(ends, count, seed)
         val_bytes, train_sha256, val_sha256 = copy_splits(tokens, train, val, ranges, total, tok)
         meta = dict(format=1, tokenizer=tokenizer, vocab_size=tok.n_vocab, eot=tok.eot_token,
@@ -501,6 +512,7 @@ def write(tokens, out, source, tok, ends, text_bytes):
         for file in (meta_json, train, val):
             file.flush()  # a full disk is found here, before one of them takes its place
             os.fsync(file.fileno())
+        common.if_stopped = f'Files in {out} may be new and old: delete them and begin anew'
     return meta
 
 

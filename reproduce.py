@@ -23,7 +23,6 @@ layers, what goes on from scratch, and all others; one cell of each finds the ra
 scratch takes phase one's, or a rate of its own if the scale has one; --rate sets both.
 Seeds of phase two share one phase one, but for those that are compared with what is from scratch.
 """
-import csv
 import functools
 import glob
 import json
@@ -338,16 +337,17 @@ def refuse_another(where, want, had, text_had):
 
 
 def log_of(run):
-    """The rows of a run's log.csv, from its folder or from `keep`; [] if it is in neither."""
-    path, packed = folder(run, 'log.csv'), kept(run, '.csv.xz')
-    if os.path.exists(path):
-        file = open(path, newline='', errors='replace')
-    elif keep and os.path.exists(packed):
-        file = lzma.open(packed, 'rt', newline='')
-    else:
-        return []
-    with file:
-        return list(csv.DictReader(common.whole_lines(file)))
+    """The rows of a run's log.csv, from its folder or from `keep`; ValueError if it is broken."""
+    path = folder(run, 'log.csv')
+    if keep and not os.path.exists(path):
+        path = kept(run, '.csv.xz')
+    try:
+        opened = lzma.open if path.endswith('.xz') else open
+        with opened(path, 'rt', newline='', errors='replace') as file:
+            return common.log_rows(file, path)
+    except (OSError, EOFError, lzma.LZMAError) as error:
+        raise ValueError(f'{path} cannot be read ({error!r}): remove it and what else there is of '
+                         'that run, and it is trained again') from error
 
 
 def result_of(run, saved, log):
@@ -663,18 +663,33 @@ def draw_starts():
     save_figure(fig, 'starts')
 
 
-def draw_axis(where):
-    """axis.png in a folder of kept results: differences from GPT-2 by tokens per parameter.
+def axis_tables(where):
+    """The reports in a folder of kept results, ours first -> {ratio: its rows, by label}.
 
-    Of reports at the scale's own rates of phase one: another --rate is another axis.
+    Those at the scale's own rates of phase one: another --rate is another axis.
     """
-    tables = {}  # ratio -> its rows, by label
-    for path in glob.glob(os.path.join(where, '*', 'results.json')):
-        with open(path, encoding='utf-8') as f:
-            one = json.load(f)
-        its = one['settings']
-        if its.get('scale') == 'ratio' and not its.get('rate') and 'axis' in one['rows']:
-            tables[its['ratio']] = {row['label']: row for row in one['rows']['axis']}
+    tables, ours = {}, os.path.join(keep, 'results.json')
+    paths = sorted(glob.glob(os.path.join(glob.escape(where), '*', 'results.json')))
+    for path in [ours, *(other for other in paths if not os.path.samefile(other, ours))]:
+        try:
+            with open(path, encoding='utf-8') as f:
+                one = json.load(f)
+            its, table = one['settings'], one['rows'].get('axis', [])
+            table = {row['label']: row for row in table
+                     if row.get('difference') or row.get('equal_flops')}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            print(f'{path} is left out of axis.png: it is no report ({error!r})')
+            continue
+        if table and its.get('scale') == 'ratio' and not its.get('rate'):
+            if its['ratio'] in tables:
+                print(f'{path} is left out of axis.png: another has its ratio, {its["ratio"]}')
+            tables.setdefault(its['ratio'], table)
+    return tables
+
+
+def draw_axis(where):
+    """axis.png in a folder of kept results: differences from GPT-2 by tokens per parameter."""
+    tables = axis_tables(where)
     labels = sorted(row.label for row in rows['axis'] if 'GPT-2' not in row.label)
     fig, axes = plt.subplots(1, 2, figsize=(11, 4.5), layout='constrained', sharey=True)
     for ax, which, as_many in zip(axes, ('difference', 'equal_flops'), ('steps', 'FLOPs')):
@@ -754,7 +769,7 @@ def train(what, runs):
                     say_if_kept_otherwise(run)
                     write_report()
                 else:
-                    failed[folder(run)] = last_line(folder(run, 'output.txt'))
+                    failed[folder(run)] = why_ended(process, folder(run, 'output.txt'))
                     print(f'{run_name(run)} failed: {failed[folder(run)]}', flush=True)
     finally:  # Ctrl-C, or an error of ours, leaves no training behind; train.py saves then
         for process in running:
@@ -791,10 +806,13 @@ def start(run):
                                 env={'OMP_NUM_THREADS': threads, **os.environ})
 
 
-def last_line(path):
+def why_ended(process, path):
+    """Why a training ended early, from its exit status and the last that it wrote to a file."""
+    if process.returncode <= 0:
+        return f'stopped by signal {-process.returncode}' if process.returncode else 'stopped'
     with open(path, errors='replace') as f:
         lines = [line.strip() for line in f if line.strip()] or ['it wrote nothing']
-    errors = [line for line in lines if ': error: ' in line]
+    errors = [line for line in lines if ': error: ' in line or 'received by PID' in line]
     torchrun = lines[-1].startswith('===')  # it draws a line beneath
     return errors[-1] if errors and torchrun else lines[-1]
 
@@ -824,8 +842,7 @@ def prepared():
         words = [f'--dataset={text}', f'--tokenizer={S["tokenizer"]}', f'--out_dir={data_dir}']
         script = os.path.join(common.ROOT, 'prepare.py')
         if subprocess.run([sys.executable, script, *words]).returncode:
-            raise ValueError(f'{text} could not be made into tokens (see above): name another '
-                             '--text')
+            raise ValueError(f'prepare.py could not make {data_dir} of {text} (see above)')
     elif 'text' in given:
         print(f'{data_dir} is there already: {text} is not read again')
     try:
@@ -846,8 +863,10 @@ def prepared():
 out_dir = common.results_folder(out_dir)
 keep = common.results_folder(keep) if keep else ''
 folders = [out_dir, keep] if keep else [out_dir]
-seeds_there = [re.search(r'_seed(\d+)', name) for where in folders for name in os.listdir(where)]
-last_seed = max([seeds, most_seeds, *(int(match[1]) for match in seeds_there if match)])
+there = [re.fullmatch(r'(\w+)_lr[^_]+_seed(\d+)(\.json)?', name)
+         for where in folders for name in os.listdir(where)]
+seeds_there = [int(match[2]) for match in there if match and match[1] in known]
+last_seed = max([seeds, most_seeds, *seeds_there])
 common.lock_folder(out_dir)
 if not report:
     train_sha256 = prepared()

@@ -9,7 +9,6 @@ a config.json with its MoMConfig. GPT.from_pretrained, the door to this file, re
 import itertools
 import json
 import os
-import pickle
 import zipfile
 from dataclasses import asdict
 
@@ -38,8 +37,6 @@ HF_NAMES = {
     'mlp.c_proj.weight': 'ffn.proj_w', 'mlp.c_proj.bias': 'ffn.proj_b'}
 MASKS = '.attn.bias', '.attn.masked_bias'  # old files hold the causal mask too; it is no weight
 # What a broken file raises.
-UNREADABLE = (RuntimeError, EOFError, KeyError, ValueError, OSError, zipfile.BadZipFile,
-              pickle.UnpicklingError, safetensors.SafetensorError)
 
 
 def from_pretrained(source, **overrides):
@@ -124,7 +121,7 @@ def load_file(path):
                 if changed := archive.testzip():
                     raise zipfile.BadZipFile(f'the checksum of {changed} is wrong')
         return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
-    except UNREADABLE as error:
+    except Exception as error:  # whatever an unpickler comes upon in other bytes
         raise ValueError(f'{path} cannot be read ({type(error).__name__}): it is broken or no '
                          'checkpoint. Take another, or delete it and make it again') from error
 
@@ -263,7 +260,7 @@ def read_file(path):
         return load_file(path)
     try:
         return safetensors.torch.load_file(path)
-    except UNREADABLE as error:
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise ValueError(f'{path} cannot be read ({type(error).__name__}): copy it again'
                          ) from error
 

@@ -153,6 +153,20 @@ def test_a_run_without_an_evaluation_after_a_step(log, tmp_path, monkeypatch):
         script(monkeypatch, 'runs', f'--of={tmp_path}')
 
 
+def test_a_run_that_was_stopped_is_at_its_last_validation(tmp_path, monkeypatch, capsys):
+    torch.save({'model': {}, 'model_config': asdict(MoMConfig(**SHAPE)), 'step': 20},
+               tmp_path / 'last.pt')
+    log = ['step,loss,tokens_per_s,val_loss,val_bits_per_byte,k_a,k_f', '0,,,5.5,7.9,1.5,1.5',
+           *(f'{n},5,100,,,,' for n in range(1, 11)), '10,,,4.5,6.5,1.5,1.5',
+           *(f'{n},5,100,,,,' for n in range(11, 21))]
+    (tmp_path / 'log.csv').write_text('\n'.join(log) + '\n')
+    row, = script(monkeypatch, 'runs', f'--of={tmp_path}')['rows']
+    assert (row['steps'], row['bits/byte before'], row['bits/byte after']) == (10, 7.9, 6.5)
+    (tmp_path / 'log.csv').write_text('\n'.join(log).replace('\n3,5,', '\n3,abc,') + '\n')
+    with pytest.raises(ValueError, match='3,abc,100,,,, is no row of a log: delete that line'):
+        script(monkeypatch, 'runs', f'--of={tmp_path}')
+
+
 SYSTEMS = [dict(chunks='1-1-1-1'), {}, dict(K=3, H=1), dict(phi='layer_skip', K=1),
            dict(phi='moe_share', skip=False),
            dict(phi='mod', chunks='1-1-1', K=1, router='linear')]

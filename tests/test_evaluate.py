@@ -265,3 +265,6 @@ def test_the_harness_without_lm_eval(monkeypatch):
     found, = lm._loglikelihood_tokens([('', list(range(60)), [7, 8])])
     assert found == evaluate.score(model, [([*range(60), 7, 8][-25:], 2)], 257, 1)[0]
     assert len(set(alone)) == 3
+    # lm-eval leaves no context of a blank one; the first token follows the end of a text then.
+    found, = lm._loglikelihood_tokens([('', [], [32, 8])])
+    assert found == evaluate.score(model, [([256, 32, 8], 2)], 257, 1)[0]

@@ -360,7 +360,21 @@ def damaged_parquet():
     return bytes(raw)
 
 
+def parquet_with(old, new):
+    """A plain parquet file of texts with some bytes replaced by as many others."""
+    sink = pa.BufferOutputStream()
+    table = pa.table({'text': [f'x y {n}' for n in range(50)], 'abcde': [1] * 50})
+    pq.write_table(table, sink, compression='none', use_dictionary=False, store_schema=False)
+    raw = sink.getvalue().to_pybytes()
+    assert old in raw and len(old) == len(new)
+    return raw.replace(old, new)
+
+
 @pytest.mark.parametrize('name, content, args, fix', [
+    ('a.parquet', parquet_with(b'\x05\0\0\0x y 7', b'\x05\x40\0\0x y 7'), '',
+     'a.parquet is broken .*fetch or write it again'),
+    ('a.parquet', parquet_with(b'abcde', b'abc\xe9e'), '',
+     'a.parquet is not a parquet file .*fetch or write it again'),
     ('a.parquet', damaged_parquet(), '', 'a.parquet is broken .*fetch or write it again'),
     ('a.txt', b'caf\xe9', '', 'a.txt is not UTF-8 .*iconv -f latin1 -t utf-8'),
     ('a.txt', b'', '', 'no text in a.txt'),
@@ -504,6 +518,8 @@ def test_bins_of_nanogpt_are_taken_as_they_are(tmp_path, monkeypatch, capsys):
     assert meta['documents'] == len(DOCUMENTS)
     assert meta['train_bytes'] == sum(len(text.encode()) for text in DOCUMENTS[:5])
     assert meta['val_bytes'] == sum(len(text.encode()) for text in DOCUMENTS[5:])
+    with pytest.raises(ValueError, match='is prepared already: train.py .* delete its meta.json'):
+        main(monkeypatch, f'--dataset={folder}')
     (tmp_path / 'a.txt').write_text('some text')
     with pytest.raises(ValueError, match='stays as it is'):  # they are never replaced
         main(monkeypatch, f'--dataset={tmp_path}/a.txt', f'--out_dir={folder}')

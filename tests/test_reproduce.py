@@ -3,6 +3,7 @@ import csv
 import glob
 import json
 import lzma
+import os
 import pathlib
 import re
 import shlex
@@ -351,13 +352,48 @@ def test_what_is_damaged_or_missing_is_named(text, tmp_path):  # noqa: F811
         error = reproduce(text, out, *ask, fails=True)
         assert f'{vanilla}/log.csv lacks the last validation: remove {vanilla}, and' in error
     (vanilla / 'log.csv').unlink()
-    assert 'lacks the last validation' in reproduce(
-        text, out, *(word for word in ask if 'keep' not in word), fails=True)
+    alone = [word for word in ask if 'keep' not in word]
+    assert f'{vanilla}/log.csv cannot be read' in reproduce(text, out, *alone, fails=True)
+    (vanilla / 'log.csv').write_text(log.replace('1.5,20', 'abc,20', 1))
+    error = reproduce(text, out, *alone, fails=True)
+    assert f'{vanilla}/log.csv: 1,5,0.01,abc,20,3200,,,, is no row of a log: delete' in error
     (vanilla / 'last.pt').write_bytes(b'no checkpoint')
     assert f'{vanilla} holds no run of train.py' in reproduce(text, out, *ask, fails=True)
     shutil.rmtree(vanilla)
     (kept / 'vanilla_lr0.01_seed1.json').write_text('[]')
     assert 'seed1.json holds no result' in reproduce(text, out, *ask, fails=True)
+
+
+@pytest.mark.parametrize('damage', [lambda raw: raw[:-20], lambda raw: b'junk', None])
+def test_a_kept_log_that_is_damaged_or_missing_is_named(damage, text, tmp_path):  # noqa: F811
+    out, kept = tmp_path / 'run', tmp_path / 'kept'
+    ask = '--only=fig5', '--cells=k1h4_gru_scratch', f'--keep={kept}', '--report=True'
+    make_up(out, 'k1h4_gru_scratch', 3.4, needs='', K=1, H=4, skip=False, router='gru')
+    reproduce(text, out, *ask)
+    shutil.rmtree(out / 'k1h4_gru_scratch_lr0.01_seed1')
+    reproduce(text, out, *ask)
+    log = kept / 'k1h4_gru_scratch_lr0.01_seed1.csv.xz'
+    raw = log.read_bytes()
+    log.unlink()
+    if damage:
+        log.write_bytes(damage(raw))
+    assert f'{log} cannot be read' in reproduce(text, out, *ask, fails=True)
+
+
+def test_a_training_that_is_killed_is_named_with_the_signal(text, tmp_path):  # noqa: F811
+    out = tmp_path / 'run'
+    ask = '--only=table2', '--cells=phase_one', '--most_seeds=1', '--steps=[100000,12]'
+    process = subprocess.Popen(arguments(text, out, *ask), cwd=common.ROOT, env=ENV, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    while process.poll() is None and not list(out.glob('*/log.csv')):
+        time.sleep(0.02)
+    for pid in subprocess.check_output(['pgrep', '-P', str(process.pid)], text=True).split():
+        os.kill(int(pid), signal.SIGKILL)
+    stdout, stderr = process.communicate(timeout=60)
+    assert 'phase_one_lr0.01_seed1 failed: stopped by signal 9' in stdout
+    assert process.returncode == 1
+    assert '1 trainings failed; the same command tries them again' in stderr
+    assert 'stopped by signal 9' in (out / 'results.md').read_text()
 
 
 def test_a_report_says_what_it_leaves_out(text, tmp_path):  # noqa: F811

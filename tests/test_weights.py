@@ -263,3 +263,10 @@ def test_a_file_of_one_tensor_is_no_checkpoint(tmp_path):
     torch.save(torch.zeros(3), tmp_path / 'x.pt')
     with pytest.raises(ValueError, match='x.pt is not a checkpoint of train.py'):
         GPT.from_pretrained(str(tmp_path / 'x.pt'))
+
+
+@pytest.mark.parametrize('content', [b'junk', b'quick notes', b'my notes', b''])
+def test_a_file_of_something_else_is_no_checkpoint(content, tmp_path):
+    (tmp_path / 'x.pt').write_bytes(content)
+    with pytest.raises(ValueError, match='x.pt cannot be read .* broken or no checkpoint'):
+        GPT.from_pretrained(str(tmp_path / 'x.pt'))
