@@ -668,14 +668,14 @@ def axis_tables(where):
 
     Those at the scale's own rates of phase one: another --rate is another axis.
     """
-    tables, ours = {}, os.path.join(keep, 'results.json')
+    tables = {}
     paths = sorted(glob.glob(os.path.join(glob.escape(where), '*', 'results.json')))
-    for path in [ours, *(other for other in paths if not os.path.samefile(other, ours))]:
+    for path in dict.fromkeys(map(os.path.realpath, [f'{keep}/results.json', *paths])):
         try:
             with open(path, encoding='utf-8') as f:
                 one = json.load(f)
-            its, table = one['settings'], one['rows'].get('axis', [])
-            table = {row['label']: row for row in table
+            its, listed = one['settings'], one['rows'].get('axis', [])
+            table = {row['label']: row for row in listed
                      if row.get('difference') or row.get('equal_flops')}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             print(f'{path} is left out of axis.png: it is no report ({error!r})')
@@ -812,9 +812,11 @@ def why_ended(process, path):
         return f'stopped by signal {-process.returncode}' if process.returncode else 'stopped'
     with open(path, errors='replace') as f:
         lines = [line.strip() for line in f if line.strip()] or ['it wrote nothing']
-    errors = [line for line in lines if ': error: ' in line or 'received by PID' in line]
-    torchrun = lines[-1].startswith('===')  # it draws a line beneath
-    return errors[-1] if errors and torchrun else lines[-1]
+    if lines[-1].startswith('==='):  # torchrun draws a line beneath
+        for told in ': error: ', 'received by PID':  # a sentence of ours, or a signal
+            if told_by := [line for line in lines if told in line]:
+                return told_by[-1]
+    return lines[-1]
 
 
 def close_ones():
@@ -863,10 +865,9 @@ def prepared():
 out_dir = common.results_folder(out_dir)
 keep = common.results_folder(keep) if keep else ''
 folders = [out_dir, keep] if keep else [out_dir]
-there = [re.fullmatch(r'(\w+)_lr[^_]+_seed(\d+)(\.json)?', name)
-         for where in folders for name in os.listdir(where)]
-seeds_there = [int(match[2]) for match in there if match and match[1] in known]
-last_seed = max([seeds, most_seeds, *seeds_there])
+seeds_there = [re.fullmatch(r'.+_lr[^_]+_seed(\d+)(\.json)?', name)
+               for where in folders for name in os.listdir(where)]
+last_seed = max([seeds, most_seeds, *(int(match[1]) for match in seeds_there if match)])
 common.lock_folder(out_dir)
 if not report:
     train_sha256 = prepared()

@@ -36,7 +36,6 @@ HF_NAMES = {
     'mlp.c_fc.weight': 'ffn.fc_w', 'mlp.c_fc.bias': 'ffn.fc_b',
     'mlp.c_proj.weight': 'ffn.proj_w', 'mlp.c_proj.bias': 'ffn.proj_b'}
 MASKS = '.attn.bias', '.attn.masked_bias'  # old files hold the causal mask too; it is no weight
-# What a broken file raises.
 
 
 def from_pretrained(source, **overrides):
@@ -260,7 +259,7 @@ def read_file(path):
         return load_file(path)
     try:
         return safetensors.torch.load_file(path)
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+    except Exception as error:  # likewise
         raise ValueError(f'{path} cannot be read ({type(error).__name__}): copy it again'
                          ) from error
 
